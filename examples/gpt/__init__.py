@@ -1,0 +1,1 @@
+"""The parts of `examples/pretrain_gpt.py`; nothing here is imported by the library."""

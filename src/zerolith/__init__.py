@@ -1,0 +1,46 @@
+"""Zerolith trains PyTorch models that do not fit when every rank keeps a whole copy.
+
+    engine, optimizer, loader, scheduler = zerolith.initialize(model=model, config="config.json")
+    loss = engine(x); engine.backward(loss); engine.step()
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zerolith import errors, zero
+    from zerolith.comm import init_distributed
+    from zerolith.engine import Engine, StepReport
+    from zerolith.initialize import add_config_arguments, initialize
+
+__version__ = "0.1.0"
+__all__ = [
+    "Engine",
+    "StepReport",
+    "add_config_arguments",
+    "errors",
+    "init_distributed",
+    "initialize",
+    "zero",
+]
+
+_HOMES = {
+    "Engine": "zerolith.engine",
+    "StepReport": "zerolith.engine",
+    "add_config_arguments": "zerolith.initialize",
+    "errors": "",
+    "init_distributed": "zerolith.comm",
+    "initialize": "zerolith.initialize",
+    "zero": "",
+}
+
+
+def __getattr__(name: str) -> Any:  # a public name, loaded when it is first asked for
+    if name not in _HOMES:
+        raise AttributeError(f"module 'zerolith' has no attribute {name!r}")
+    home = _HOMES[name]
+    value = getattr(importlib.import_module(home), name) if home else importlib.import_module(f"zerolith.{name}")
+    globals()[name] = value
+    return value

@@ -1,0 +1,211 @@
+"""One axis of ranks and its collectives.
+
+Backends differ: gloo's own reduce-scatter sends twice the bytes and its all-gather is ten times slower than a
+broadcast per owner, while NCCL's rings are best. The tables GATHER and REDUCE below hold that choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from zerolith.comm.journal import Journal, Traffic
+from zerolith.comm.ordered import add_into
+from zerolith.comm.pool import Pool
+from zerolith.errors import CollectiveMismatchError, PeerLostError
+
+
+class Pending(Protocol):
+    """A collective under way. `wait()` makes its result usable and may be called once."""
+
+    def wait(self) -> None: ...
+
+
+class _Pending:
+    def __init__(self, works: Sequence[Any], name: str, finish: Callable[[], None] | None = None) -> None:
+        self._works = works  # dist.Work objects; torch gives None for a collective that is done at once
+        self._name = name
+        self._finish = finish
+
+    def wait(self) -> None:
+        for work in self._works:
+            if work is not None:
+                _guard(self._name, work.wait)
+        if self._finish is not None:
+            self._finish()
+
+
+def done() -> Pending:
+    """A collective that needs no waiting."""
+    return _Pending((), "")
+
+
+class Comm:
+    """A process group with a name for each of its uses; a group of one rank communicates nothing.
+
+    Every method that moves data is collective: all ranks call it, in the same order, with the same sizes.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, device: torch.device, *, reproducible: bool = False) -> None:
+        self.group = group
+        self.device = device
+        self.size = dist.get_world_size(group) if group is not None else 1
+        self.rank = dist.get_rank(group) if group is not None else 0
+        self.backend = str(dist.get_backend(group)) if group is not None else "none"
+        self.traffic = Traffic()
+        self.journal = Journal()
+        self.pool = Pool()
+        self._gather = GATHER.get(self.backend, _gather_by_broadcast)
+        self._reduce = _reduce_ordered if reproducible else REDUCE.get(self.backend, _reduce_ordered)
+
+    def all_gather(self, whole: Tensor, *, name: str) -> Pending:
+        """Fill `whole`, (size * n,), of which rank r has written elements [r*n, (r+1)*n)."""
+        if self.size == 1:
+            return done()
+        self._note(name, "all_gather", whole)
+        return self._gather(self, whole, name)
+
+    def reduce_scatter(self, whole: Tensor, into: Tensor, *, fresh: bool, name: str) -> Pending:
+        """into (+)= the sum over ranks of their `whole`'s piece for this rank.
+
+        whole: (size * n,) in the wire dtype, untouched until waited for. into: (n,) in the accumulation dtype;
+        overwritten if `fresh`, else added to.
+        """
+        if self.size == 1:
+            add_into(into, [whole], fresh=fresh)
+            return done()
+        self._note(name, "reduce_scatter", whole)
+        return self._reduce(self, whole, into, fresh, name)
+
+    def all_to_all(self, out: Tensor, inp: Tensor, out_splits: list[int], in_splits: list[int], *, name: str) -> None:
+        """Exchange ragged flat pieces: in_splits[r] elements go to rank r, out_splits[r] come from it."""
+        if self.size == 1:
+            out.copy_(inp)
+            return
+        # Splits differ by rank, so the journal notes the operation without its size.
+        self.journal.note(name, "all_to_all", 0, inp.dtype)
+        self.traffic.add("all_to_all", (inp.numel() - in_splits[self.rank]) * inp.element_size())
+        _guard(name, dist.all_to_all_single, out, inp, out_splits, in_splits, group=self.group)
+
+    def broadcast(self, tensor: Tensor, *, source: int = 0, name: str) -> None:
+        """Overwrite `tensor` on every rank with that of rank `source` of this group."""
+        if self.size == 1 or not tensor.numel():
+            return
+        self.journal.note(name, f"broadcast from {source}", tensor.numel(), tensor.dtype)
+        self.traffic.add("broadcast", tensor.nbytes * (self.size - 1) // self.size)
+        _guard(name, dist.broadcast, tensor, src=self._global(source), group=self.group)
+
+    def sum(self, values: Sequence[float], *, name: str) -> list[float]:
+        """Element-wise sum over ranks of a few fp64 numbers."""
+        return self._all_reduce(values, dist.ReduceOp.SUM, name)
+
+    def max(self, values: Sequence[float], *, name: str) -> list[float]:
+        """Element-wise maximum over ranks of a few fp64 numbers; they must not be NaN."""
+        return self._all_reduce(values, dist.ReduceOp.MAX, name)
+
+    def all_gather_bytes(self, payload: bytes, *, name: str) -> list[bytes]:
+        """Every rank's payload, by rank."""
+        if self.size == 1:
+            return [payload]
+        sizes = self.max([float(len(payload)) if rank == self.rank else 0.0 for rank in range(self.size)], name=name)
+        width = int(max(sizes))
+        whole = torch.zeros(self.size, max(width, 1), dtype=torch.uint8, device=self.device)
+        if payload:
+            row = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+            whole[self.rank, : len(payload)].copy_(row)
+        self.all_gather(whole.view(-1), name=name).wait()
+        rows = whole.cpu()
+        return [bytes(rows[rank, : int(size)].tolist()) for rank, size in enumerate(sizes)]
+
+    def check_journals(self, highest: float, negated_lowest: float, *, name: str) -> None:
+        """Raise CollectiveMismatchError on every rank if the ranks' fingerprints differ.
+
+        The two arguments are the maximum over ranks of each rank's fingerprint and of its negative.
+        """
+        if highest == -negated_lowest:
+            return
+        rows = self.all_gather_bytes("\n".join(self.journal.latest()).encode(), name=name)
+        entries = {rank: row.decode().split("\n") for rank, row in enumerate(rows)}
+        raise CollectiveMismatchError(
+            "ranks issued different collectives, so this step's result is wrong on all of them: "
+            f"{self.journal.diff(entries)}. Every rank must run the same modules in the same order."
+        )
+
+    def _all_reduce(self, values: Sequence[float], op: Any, name: str) -> list[float]:  # op: ReduceOp is untyped
+        if self.size == 1:
+            return list(values)
+        tensor = torch.tensor(list(values), dtype=torch.float64, device=self.device)
+        _guard(name, dist.all_reduce, tensor, op=op, group=self.group)
+        return [float(value) for value in tensor.tolist()]
+
+    def _note(self, name: str, op: str, whole: Tensor) -> None:
+        self.journal.note(name, op, whole.numel(), whole.dtype)
+        self.traffic.add(op, whole.nbytes * (self.size - 1) // self.size)
+
+    def _global(self, rank: int) -> int:
+        return dist.get_global_rank(self.group, rank) if self.group is not None else rank
+
+
+def _guard(name: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return call(*args, **kwargs)
+    except RuntimeError as error:  # torch raises plain RuntimeError or DistBackendError, a subclass
+        raise PeerLostError(
+            f"the collective {name!r} failed: another rank died, raised an error or did not answer in time; "
+            f"look for the first error in the other ranks' logs. The backend says: {error}"
+        ) from error
+
+
+def _piece(whole: Tensor, rank: int, size: int) -> Tensor:
+    numel = whole.numel() // size
+    return whole[rank * numel : (rank + 1) * numel]
+
+
+def _gather_by_broadcast(comm: Comm, whole: Tensor, name: str) -> Pending:
+    works = []
+    for rank in range(comm.size):
+        piece = _piece(whole, rank, comm.size)
+        works.append(_guard(name, dist.broadcast, piece, src=comm._global(rank), group=comm.group, async_op=True))
+    return _Pending(works, name)
+
+
+def _gather_by_ring(comm: Comm, whole: Tensor, name: str) -> Pending:
+    own = _piece(whole, comm.rank, comm.size)
+    return _Pending([_guard(name, _ALL_GATHER, whole, own, group=comm.group, async_op=True)], name)
+
+
+def _reduce_ordered(comm: Comm, whole: Tensor, into: Tensor, fresh: bool, name: str) -> Pending:
+    """Exchange the pieces and add them in rank order: the same bits whatever the placement, and 1x the bytes."""
+    received = comm.pool.take(whole.numel(), dtype=whole.dtype, device=whole.device)
+    work = _guard(name, dist.all_to_all_single, received, whole, group=comm.group, async_op=True)
+
+    def finish() -> None:
+        add_into(into, [_piece(received, rank, comm.size) for rank in range(comm.size)], fresh=fresh)
+        comm.pool.give(received)
+
+    return _Pending([work], name, finish)
+
+
+def _reduce_by_ring(comm: Comm, whole: Tensor, into: Tensor, fresh: bool, name: str) -> Pending:
+    own = comm.pool.take(into.numel(), dtype=whole.dtype, device=whole.device)
+    work = _guard(name, _REDUCE_SCATTER, own, whole, group=comm.group, async_op=True)
+
+    def finish() -> None:
+        add_into(into, [own], fresh=fresh)
+        comm.pool.give(own)
+
+    return _Pending([work], name, finish)
+
+
+# torch 2.13 deprecates the *_tensor names in favour of *_single, which torch 2.11 does not have.
+_ALL_GATHER: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_REDUCE_SCATTER: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+_Gather = Callable[[Comm, Tensor, str], Pending]
+_Reduce = Callable[[Comm, Tensor, Tensor, bool, str], Pending]
+GATHER: dict[str, _Gather] = {"nccl": _gather_by_ring, "gloo": _gather_by_broadcast}
+REDUCE: dict[str, _Reduce] = {"nccl": _reduce_by_ring, "gloo": _reduce_ordered}

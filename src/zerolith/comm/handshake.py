@@ -1,0 +1,50 @@
+"""Ranks agree, or all of them stop with the same message."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+from zerolith.comm.communicator import Comm
+from zerolith.errors import HandshakeError, ZerolithError
+
+
+def agree(comm: Comm, error: ZerolithError | None, *, doing: str) -> None:
+    """Raise on every rank if any rank brings an error.
+
+    Collective. The rank that failed raises its own error; the others raise HandshakeError with its text.
+    """
+    if not any(comm.max([float(error is not None)], name=f"agree on {doing}")):
+        return
+    texts = comm.all_gather_bytes(str(error or "").encode(), name=f"errors while {doing}")
+    if error is not None:
+        raise error
+    failed = {rank: text.decode() for rank, text in enumerate(texts) if text}
+    raise HandshakeError(f"{doing}: " + "; ".join(f"rank {rank} failed: {text}" for rank, text in failed.items()))
+
+
+def handshake(comm: Comm, facts: Mapping[str, str]) -> None:
+    """Compare what must be equal on all ranks before the first step.
+
+    facts: one line of text by name (a config key, a parameter, a version). Collective. Raises HandshakeError
+    on every rank, listing the facts that differ and each rank's value.
+    """
+    text = "\n".join(f"{name}\t{value}" for name, value in facts.items())
+    digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")  # 48 bits: exact in fp64
+    highest, negated_lowest = comm.max([float(digest), -float(digest)], name="handshake")
+    if highest == -negated_lowest:
+        return
+    rows = [row.decode() for row in comm.all_gather_bytes(text.encode(), name="handshake facts")]
+    raise HandshakeError("ranks were started with different settings: " + _diff(rows))
+
+
+def _diff(rows: list[str], *, limit: int = 5) -> str:
+    tables = [dict(line.split("\t", 1) for line in row.split("\n")) for row in rows]
+    names = list(dict.fromkeys(name for table in tables for name in table))
+    lines = []
+    for name in names:
+        values = [table.get(name, "(missing)") for table in tables]
+        if len(set(values)) > 1:
+            lines.append(f"{name}: " + ", ".join(f"rank {rank} has {value}" for rank, value in enumerate(values)))
+    more = f"; and {len(lines) - limit} more" if len(lines) > limit else ""
+    return "; ".join(lines[:limit]) + more

@@ -1,0 +1,111 @@
+"""Starting and finding the default process group. The environment is read here and nowhere else."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import contextmanager
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from zerolith.comm.communicator import Comm
+from zerolith.errors import ConfigError
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+TIMEOUT = timedelta(minutes=10)
+
+
+def is_distributed() -> bool:
+    """Whether a default process group exists."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def init_distributed(
+    dist_backend: str | None = None,
+    *,
+    timeout: timedelta = TIMEOUT,
+    rank: int = -1,
+    world_size: int = -1,
+) -> None:
+    """Join the default process group that the launcher's environment describes.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them. Without them, and
+    when a group exists already, it does nothing: one process needs no group. `dist_backend` defaults to nccl
+    with CUDA and gloo without. On a single host, sockets listen on the loopback interface only.
+
+    Collective. Raises ConfigError if the environment is only half there.
+    """
+    if is_distributed():
+        return
+    rank = rank if rank >= 0 else _env_int("RANK", -1)
+    world_size = world_size if world_size >= 0 else _env_int("WORLD_SIZE", -1)
+    if rank < 0 and world_size < 0:
+        return
+    if not 0 <= rank < world_size:
+        raise ConfigError(
+            f"environment: RANK={rank} and WORLD_SIZE={world_size} do not fit; start with torchrun, "
+            "or unset both to run one process"
+        )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(_env_int("LOCAL_RANK", 0))
+    backend = dist_backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), _env_int("MASTER_PORT", 29500)
+    agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    local = address in LOOPBACK or _env_int("LOCAL_WORLD_SIZE", 0) == world_size
+    with _gloo_on_loopback(enabled=local):
+        if address in LOOPBACK and not agent_store:
+            store = _loopback_store(port, rank=rank, world_size=world_size, timeout=timeout)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        else:
+            dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def default_comm(*, reproducible: bool = False) -> Comm:
+    """All ranks of the default process group, or one rank if there is none."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    group = dist.group.WORLD if is_distributed() else None
+    return Comm(group, device, reproducible=reproducible)
+
+
+def _loopback_store(port: int, *, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """A TCPStore whose server is bound to 127.0.0.1; torch's own binds to every interface."""
+    if rank != 0:
+        return dist.TCPStore("127.0.0.1", port, world_size, is_master=False, timeout=timeout)
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("127.0.0.1", port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"environment: MASTER_PORT={port} is taken ({error}); choose another") from error
+    listener.listen(world_size)
+    descriptor = listener.detach()  # the store owns it from here on
+    return dist.TCPStore(
+        "127.0.0.1", port, world_size, is_master=True, timeout=timeout, master_listen_fd=descriptor, use_libuv=False
+    )
+
+
+@contextmanager
+def _gloo_on_loopback(*, enabled: bool) -> Iterator[None]:
+    """gloo chooses its interface from this variable when the group is made."""
+    if not enabled or "GLOO_SOCKET_IFNAME" in os.environ:
+        yield
+        return
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    try:
+        yield
+    finally:
+        del os.environ["GLOO_SOCKET_IFNAME"]
+
+
+def _env_int(name: str, default: int) -> int:
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"environment: {name}={text!r} is not a whole number") from None

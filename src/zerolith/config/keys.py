@@ -1,0 +1,162 @@
+"""Every key that a config may hold, with its fate: the schema's fields and DeepSpeed's tables, indexed."""
+
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from typing import Any, Final, NamedTuple, get_args
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from zerolith.config.deepspeed import ALIASES, GROUPS, Fate, OneOf, Switch
+from zerolith.config.problems import join
+from zerolith.config.schema import Config
+
+MAX_GUESSED_CHARS = 64  # difflib is quadratic in the length of a key
+
+_KINDS: Final[Mapping[type, str]] = {
+    bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object",
+}  # fmt: skip
+
+_TYPES: Final[Mapping[str, tuple[type, ...]]] = {
+    "boolean": (bool,), "integer": (int,), "number": (int, float), "string": (str,), "array": (list, tuple),
+    "object": (Mapping,), "null": (type(None),),
+}  # fmt: skip
+_NOT_RULES = ("title", "default", "description")
+
+
+class Key(NamedTuple):
+    """One known key."""
+
+    path: str
+    fate: Fate
+    why: str  # the meaning of an implemented key, the reason of any other
+    default: object
+    schema: Mapping[str, Any]  # JSON Schema of its value (any JSON)
+    accepts: OneOf | Switch | None = None  # the values that ask for nothing, where that is the rule
+    required: bool = False
+
+    def admits(self, value: object) -> bool:
+        """Whether a key that is not implemented may have this value; null asks for nothing."""
+        if value is None:
+            return True
+        if isinstance(self.accepts, OneOf):
+            return any(_same(value, accepted) for accepted in self.accepts.values)
+        if isinstance(self.accepts, Switch):
+            return not asks(value)
+        return not self.kinds or any(_is_kind(value, kind) for kind in self.kinds)
+
+    @property
+    def kinds(self) -> list[str]:
+        """The JSON types of its value; none means any."""
+        kinds = self.schema.get("type", [])
+        return [kinds] if isinstance(kinds, str) else kinds
+
+
+def _same(value: object, accepted: object) -> bool:
+    if isinstance(value, (int, float)) and isinstance(accepted, (int, float)):
+        return isinstance(value, bool) is isinstance(accepted, bool) and value == accepted
+    return type(value) is type(accepted) and value == accepted
+
+
+def _is_kind(value: object, kind: str) -> bool:
+    return isinstance(value, _TYPES[kind]) and (kind == "boolean") is isinstance(value, bool)
+
+
+def asks(value: object) -> bool:
+    """Whether the value of a Switch asks for something. `enabled` decides, the outermost first."""
+    if not isinstance(value, Mapping):
+        return value is not None and value is not False
+    if "enabled" in value:
+        return value["enabled"] is not False
+    switches = [inner for inner in value.values() if isinstance(inner, Mapping)]
+    return len(value) != len(switches) or any(asks(inner) for inner in switches)
+
+
+def _section_of(annotation: object) -> type[BaseModel] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _fields(model: type[BaseModel], section: str) -> Iterator[tuple[str, FieldInfo, dict[str, Any]]]:
+    """Every field at or below a model: its path, itself, its JSON Schema (none for a section)."""
+    properties = model.model_json_schema()["properties"]
+    for name, field in model.model_fields.items():
+        path, inner = join(section, name), _section_of(field.annotation)
+        rules = {rule: value for rule, value in properties[name].items() if rule not in _NOT_RULES}
+        yield path, field, {} if inner else rules
+        if inner:
+            yield from _fields(inner, path)
+
+
+def _declared(path: str, fate: Fate, why: str, spec: object) -> Key:
+    if isinstance(spec, OneOf):
+        return Key(path, fate, why, spec.values[0], {"enum": list(spec.values)}, spec)
+    if isinstance(spec, Switch):
+        return Key(path, fate, why, None, {"type": ["object", "boolean", "null"]}, spec)
+    if spec is object:
+        return Key(path, fate, why, None, {})
+    if isinstance(spec, type):
+        return Key(path, fate, why, None, {"type": [_KINDS[spec], "null"]})
+    if fate is Fate.HINT:
+        return Key(path, fate, why, spec, {"type": _KINDS[type(spec)]})
+    return Key(path, fate, why, spec, {"enum": [spec]}, OneOf((spec,)))
+
+
+def _known_keys() -> dict[str, Key]:
+    keys: dict[str, Key] = {}
+    for path, field, schema in _fields(Config, ""):
+        if schema:
+            default = None if field.is_required() else field.get_default(call_default_factory=True)
+            why = field.description or ""
+            keys[path] = Key(path, Fate.IMPLEMENTED, why, default, schema, required=field.is_required())
+    for group in GROUPS:
+        for name, spec in group.keys.items():
+            path = join(group.section, name)
+            keys[path] = _declared(path, group.fate, group.why, spec)
+    return keys
+
+
+def _known_sections(paths: Mapping[str, Key]) -> dict[str, tuple[str, ...]]:
+    """Each section's path ("" is the top) with the names of its keys and sections."""
+    sections: dict[str, dict[str, None]] = {"": {}}
+    for path in paths:
+        *parents, name = path.split(".")
+        for depth, parent in enumerate(parents):
+            sections[".".join(parents[:depth])][parent] = None
+            sections.setdefault(".".join(parents[: depth + 1]), {})
+        sections[".".join(parents)][name] = None
+    return {section: tuple(names) for section, names in sections.items()}
+
+
+KEYS: Final[Mapping[str, Key]] = _known_keys()
+SECTIONS: Final[Mapping[str, tuple[str, ...]]] = _known_sections(KEYS)
+TYPED_SECTIONS: Final[Mapping[str, str]] = {  # those that the schema reads, with their meaning
+    path: str(_section_of(field.annotation).__doc__)
+    for path, field, schema in _fields(Config, "")
+    if not schema
+}
+NAMED_SECTIONS: Final = frozenset(path.rpartition(".")[0] for path, key in KEYS.items() if key.required)
+
+
+def _homes(name: str) -> list[str]:
+    return [path for path in (*KEYS, *SECTIONS) if path and path.rpartition(".")[2] == name]
+
+
+def suggest(section: str, name: str) -> str:
+    """What to write in place of an unknown key: its right section, or the nearest name."""
+    remedy = "remove it"
+    if len(name) > MAX_GUESSED_CHARS:
+        return remedy
+    homes = _homes(name)
+    if len(homes) == 1:
+        return f"it belongs at {homes[0]!r}"
+    aliases = [alias.rpartition(".")[2] for alias in ALIASES if alias.rpartition(".")[0] == section]
+    near = get_close_matches(name, (*SECTIONS[section], *aliases), n=1, cutoff=0.7)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    if section in NAMED_SECTIONS:
+        return f"if it is an argument, it belongs at '{section}.params.{name}'"
+    anywhere = get_close_matches(name, sorted({path.rpartition(".")[2] for path in KEYS}), n=1, cutoff=0.75)
+    return f"did you mean {_homes(anywhere[0])[0]!r}?" if anywhere else remedy

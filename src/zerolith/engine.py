@@ -1,0 +1,425 @@
+"""The object that people drive: forward, backward, step."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from zerolith.config import Config
+from zerolith.errors import UsageError
+from zerolith.micro_steps import MicroSteps
+from zerolith.observe import Summary, summarize
+from zerolith.optim import PartitionedOptimizer, ZeroOptimizer, examine
+from zerolith.precision import LossScaler, Precision
+from zerolith.sharded_model import ShardedModel
+from zerolith.zero.owners import forget, register
+
+logger = logging.getLogger("zerolith")
+
+CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
+
+
+class StepReport(NamedTuple):
+    """What the last optimizer step did."""
+
+    grad_norm: float  # global 2-norm of the mean gradient before clipping; inf if it overflowed
+    skipped: bool  # gradients were not finite on some rank, and no rank stepped
+    loss_scale: float  # that the step's backwards used
+    culprit: str  # the first parameter whose gradient was not finite
+
+
+class Engine(nn.Module):
+    """Trains `module` with its states sharded over the data-parallel ranks.
+
+    Every rank makes the same calls in the same order; forward, backward and step communicate. Unknown attributes
+    are looked up on the wrapped module.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: Config,
+        sharded: ShardedModel,
+        precision: Precision,
+        scaler: LossScaler,
+        optimizer: Optimizer | None,
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.config: Mapping[str, Any] = config.raw
+        self.lr_scheduler: Any = None  # anything with step()
+        self.training_dataloader: Any = None
+        self.global_steps = 0
+        self.global_samples = 0
+        self.skipped_steps = 0
+        self.report: StepReport | None = None
+        self._settings = config
+        self._sharded = sharded
+        self._precision = precision
+        self._scaler = scaler
+        self._micro = MicroSteps(config.gradient_accumulation_steps or 1)
+        self._syncing = True
+        self._in_backward = False
+        self._managed = False  # the backward under way is engine.backward's, or of a loss that scale() has seen
+        self._destroyed = False
+        self._partitioned = PartitionedOptimizer(optimizer, sharded.gradients, sharded.comm) if optimizer else None
+        self.basic_optimizer = optimizer
+        this = weakref.ref(self)  # hooks must not keep a dropped engine alive
+        self.optimizer: Any = self._facade(optimizer, this) if optimizer else None
+        sharded.reducer.before_first = lambda: _call(this, Engine._on_backward)
+        self._handle = module.register_forward_hook(lambda *call: _watch_output(this, call[-1]))
+        register(sharded, self._partitioned)
+
+    # Forward and backward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module returns for these arguments."""
+        self._check_alive()
+        if self._in_backward:
+            raise UsageError(
+                "the last backward did not finish, so gradients are incomplete; after an exception call engine.reset()"
+            )
+        if torch.is_grad_enabled():
+            self._micro.forward_begun()
+            self._sharded.check_frozen()
+        if self._settings.fp16.auto_cast and self._precision.compute is not None:
+            args = tuple(self._cast(arg) for arg in args)
+        with self._autocast():
+            return self.module(*args, **kwargs)
+
+    def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
+        """Backward of one micro-batch; returns loss / gradient_accumulation_steps.
+
+        loss: 0-d, this rank's mean over its micro-batch. Gradients are averaged over ranks and micro-batches; pass
+        `scale_wrt_gas=False` if the loss is divided by the number of micro-batches already. Collective where
+        gradients are reduced at this micro-batch.
+        """
+        self._check_alive()
+        if self._partitioned is None:
+            raise UsageError("backward() needs an optimizer; pass one to initialize or name one in the config")
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise UsageError(f"backward() takes a loss of one element, not {_describe(loss)}")
+        if not loss.requires_grad:
+            raise UsageError("the loss does not depend on any trainable parameter (it has requires_grad=False)")
+        steps = self._micro.per_step
+        # The mean over micro-batches is taken once, at the step. A loss that is divided already is multiplied back.
+        scaled = loss * (self._scaler.scale * (1 if scale_wrt_gas else steps))
+        self._managed = True
+        self._enter_backward()
+        scaled.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self._leave_backward()
+        return loss / steps if scale_wrt_gas else loss
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The loss times the loss scale, for clients that call `.backward()` on it themselves."""
+        self._managed = True
+        return loss * self._scaler.scale
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backwards in here keep this rank's gradient whole and send nothing; the next one outside sends the sum.
+
+        Works at every stage, at the cost of one whole gradient in the accumulation dtype per rank.
+        """
+        self._syncing = False
+        try:
+            yield
+        finally:
+            self._syncing = True
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the micro-batch at hand, or the one just done, completes an optimizer step."""
+        return self._micro.is_boundary()
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """Decide it by hand from now on; the same on every rank."""
+        self._micro.manual = is_boundary
+
+    # Step
+
+    def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> None:
+        """Update at a gradient accumulation boundary; elsewhere do nothing.
+
+        Collective at boundaries. Raises UsageError without a backward since the last step, and ScaleError if the
+        dynamic loss scale is exhausted.
+        """
+        self._check_alive()
+        if self._partitioned is None:
+            raise UsageError("step() needs an optimizer; pass one to initialize or name one in the config")
+        if self._in_backward:
+            raise UsageError("the last backward did not finish; after an exception call engine.reset()")
+        if not self._micro.take_step():
+            return
+        self.report = self._update(self._partitioned)
+        self.global_steps += 1
+        self.global_samples += self._settings.train_batch_size or 0
+        if self.report.skipped:
+            self.skipped_steps += 1
+        elif self.lr_scheduler is not None:
+            self.lr_scheduler.step(**(lr_kwargs or {}))
+        self._print_progress()
+
+    @torch.no_grad()
+    def _update(self, optimizer: PartitionedOptimizer) -> StepReport:
+        sharded, scale = self._sharded, self._scaler.scale
+        edited = sharded.adopt_edits()
+        if edited:
+            logger.info("weights were edited in place and are kept: %s", ", ".join(edited))
+        sharded.reducer.finish()
+        facts = examine(sharded.gradients, sharded.comm, fingerprint=self._checks_fingerprint())
+        terms = sharded.comm.size * self._micro.per_step * scale
+        norm = facts.norm / terms
+        skip = facts.overflow and self._skips_overflow()
+        if not skip:
+            clip = self._settings.gradient_clipping
+            coefficient = min(1.0, clip / (norm + CLIP_EPS)) if clip and not facts.overflow else 1.0
+            for own in sharded.gradients:
+                own.scale(coefficient / terms)
+            optimizer.step(facts.used)
+            sharded.publish()
+        sharded.reducer.reset()
+        report = StepReport(norm, skip, scale, facts.culprit)
+        self._tell(report)
+        self._scaler.update(overflow=facts.overflow, cause=facts.culprit)
+        if self.optimizer is not None:
+            self.optimizer.overflow, self.optimizer.loss_scale = skip, self._scaler.scale
+        return report
+
+    def was_step_applied(self) -> bool:
+        """Whether the last boundary step changed the weights."""
+        return self.report is not None and not self.report.skipped
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop what has been accumulated since the last step. step() does so by itself."""
+        if not self._in_backward and self._micro.since_step:
+            self._sharded.reducer.reset()
+            self._micro.drop()
+
+    def reset(self) -> None:
+        """Make the engine usable again after an exception in forward, backward or step.
+
+        Every rank calls it. Gradients since the last step are dropped; weights and optimizer states stay.
+        """
+        self._in_backward = self._managed = False
+        self._sharded.reset()
+        self._micro.drop()
+
+    # What clients ask
+
+    def get_global_grad_norm(self) -> float | None:
+        """2-norm of the mean gradient before clipping, of the last boundary step; None before the first."""
+        return None if self.report is None else self.report.grad_norm
+
+    def get_lr(self) -> list[float]:
+        return [group["lr"] for group in self.optimizer.param_groups] if self.optimizer is not None else []
+
+    def get_mom(self) -> list[Any]:
+        """Betas or momentum of each param group."""
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        return [group.get("betas", group.get("momentum")) for group in groups]
+
+    def train_batch_size(self) -> int:
+        return self._settings.train_batch_size or 0
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        return self._settings.train_micro_batch_size_per_gpu or 0
+
+    def gradient_accumulation_steps(self) -> int:
+        return self._micro.per_step
+
+    def gradient_clipping(self) -> float:
+        return self._settings.gradient_clipping
+
+    def zero_optimization(self) -> bool:
+        return self._settings.zero_optimization.stage > 0
+
+    def zero_optimization_stage(self) -> int:
+        return self._settings.zero_optimization.stage
+
+    def zero_optimization_partition_gradients(self) -> bool:
+        return self._settings.zero_optimization.stage >= 2
+
+    def zero_optimization_partition_weights(self) -> bool:
+        return self._settings.zero_optimization.stage >= 3
+
+    def fp16_enabled(self) -> bool:
+        return self._settings.fp16.enabled
+
+    def bfloat16_enabled(self) -> bool:
+        return self._settings.bf16.enabled
+
+    def dynamic_loss_scale(self) -> bool:
+        return self._scaler.dynamic
+
+    def loss_scale(self) -> float:
+        return self._scaler.scale
+
+    @property
+    def micro_steps(self) -> int:
+        """Backwards so far."""
+        return self._micro.total
+
+    @property
+    def device(self) -> torch.device:
+        return self._sharded.comm.device
+
+    @property
+    def global_rank(self) -> int:
+        return self._sharded.comm.rank
+
+    @property
+    def local_rank(self) -> int:
+        return self.device.index or 0
+
+    @property
+    def world_size(self) -> int:
+        return self._sharded.comm.size
+
+    @property
+    def dp_world_size(self) -> int:
+        return self._sharded.comm.size
+
+    def summary(self) -> Summary:
+        """What is sharded, bytes per rank and planned traffic. Does not communicate."""
+        return summarize(self._sharded, self._partitioned, steps=self._micro.per_step)
+
+    def destroy(self) -> None:
+        """Give back all memory but the weights at rest. The model keeps its weights; at stage 3 they stay sharded."""
+        if self._destroyed:
+            return
+        self._destroyed = True
+        self._handle.remove()
+        self._sharded.detach()
+        forget(self._sharded)
+        self._sharded.comm.pool.clear()
+        if self._partitioned is not None:
+            self._partitioned.inner.state.clear()
+            for group in self._partitioned.inner.param_groups:
+                group["params"] = []
+        self._partitioned = self.optimizer = self.basic_optimizer = self.lr_scheduler = None
+        self._sharded.gradients.clear()
+        self._sharded.reducer.gradients.clear()
+        for section in self._sharded.sections:
+            section.grads = section.main = None
+            section.masters.clear()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            module = self.__dict__.get("_modules", {}).get("module")
+            if module is None or name.startswith("_"):
+                raise
+            return getattr(module, name)
+
+    # Inside
+
+    def _enter_backward(self) -> None:
+        self._in_backward = True
+        partitioning = self._sharded.plan.partitioning
+        resting = partitioning.rests_partial and not self._micro.is_boundary()
+        self._sharded.gatherer.begin_backward()
+        self._sharded.reducer.begin(reducing=self._syncing and not resting)
+
+    def _leave_backward(self) -> None:
+        if not self._in_backward:
+            return
+        self._sharded.reducer.end()
+        self._sharded.gatherer.end_backward()
+        self._in_backward = self._managed = False
+        self._micro.backward_done()
+
+    def _on_backward(self) -> None:
+        """Autograd has begun a backward: ours, or one that the client called on a tensor."""
+        if self._in_backward or self._partitioned is None:
+            return
+        if self._scaler.scale != 1.0 and not self._managed:
+            raise UsageError(
+                "this precision needs loss scaling: call engine.backward(loss), or engine.scale(loss).backward()"
+            )
+        self._enter_backward()
+        this = weakref.ref(self)
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: _call(this, Engine._leave_backward))
+
+    def _skips_overflow(self) -> bool:
+        return not self._settings.bf16.enabled or self._settings.bf16.check_grad_overflow
+
+    def _checks_fingerprint(self) -> bool:
+        interval = self._settings.fingerprint_interval
+        return interval > 0 and self.global_steps % interval == 0
+
+    def _autocast(self) -> Any:  # a context manager
+        dtype = self._precision.autocast
+        return torch.autocast(self.device.type, dtype=dtype) if dtype is not None else nullcontext()
+
+    def _cast(self, value: Any) -> Any:  # any argument of the module; only floating-point tensors change
+        is_float = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(self._precision.compute) if is_float else value
+
+    def _check_alive(self) -> None:
+        if self._destroyed:
+            raise UsageError("this engine was destroyed; make a new one with zerolith.initialize")
+
+    def _tell(self, report: StepReport) -> None:
+        if report.skipped and self.global_rank == 0:
+            logger.warning(
+                "step %d skipped: the gradient of %s is not finite (loss scale %g)",
+                self.global_steps,
+                report.culprit,
+                report.loss_scale,
+            )
+
+    def _print_progress(self) -> None:
+        every = self._settings.steps_per_print
+        if every and self.global_rank == 0 and self.global_steps % every == 0:
+            logger.info(
+                "step %d: lr %s, grad norm %.4g, skipped %d",
+                self.global_steps,
+                ", ".join(f"{lr:.3g}" for lr in self.get_lr()),
+                self.get_global_grad_norm(),
+                self.skipped_steps,
+            )
+
+    @staticmethod
+    def _facade(optimizer: Optimizer, this: weakref.ref[Engine]) -> ZeroOptimizer:
+        optimizer.register_step_pre_hook(lambda *_: _refuse_outside(this))
+        return ZeroOptimizer(
+            optimizer,
+            step=lambda: _call(this, Engine.step),
+            zero_grad=lambda: _call(this, Engine.zero_grad),
+        )
+
+
+def _call(this: weakref.ref[Engine], method: Any) -> None:  # an Engine method without arguments
+    engine = this()
+    if engine is not None:
+        method(engine)
+
+
+def _refuse_outside(this: weakref.ref[Engine]) -> None:
+    engine = this()
+    if engine is not None and engine._partitioned is not None and not engine._partitioned.is_stepping:
+        raise UsageError(
+            "this optimizer's step() would see no gradients: call engine.step(), or step() of the optimizer that "
+            "initialize returned"
+        )
+
+
+def _watch_output(this: weakref.ref[Engine], output: Any) -> None:
+    """Learn of a backward at its very start, so that nested backwards count as one."""
+    if not torch.is_grad_enabled():
+        return
+    for leaf in torch.utils._pytree.tree_leaves(output):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            leaf.register_hook(lambda grad: _call(this, Engine._on_backward))
+
+
+def _describe(value: object) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

@@ -1,0 +1,102 @@
+"""What is sharded, how many bytes each rank keeps, and what a step will send."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zerolith.optim import PartitionedOptimizer
+from zerolith.partitioning import REPLICATE, SHARD
+from zerolith.sharded_model import ShardedModel
+
+STATES = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "Adadelta": 2, "RMSprop": 1, "SGD": 1}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """The start-up summary; `str()` is for people."""
+
+    headline: str
+    units: tuple[tuple[str, int, int], ...]  # name, parameters, elements of each unit
+    bytes_per_rank: dict[str, int]  # at rest: parameters, gradients, optimizer (masters and states)
+    wire_bytes_per_step: dict[str, int]  # sent by each rank in one optimizer step, by collective
+
+    def __str__(self) -> str:
+        lines = [self.headline, "", f"  {'unit':<40} {'params':>7} {'elements':>14}"]
+        lines += [f"  {name:<40} {count:>7,} {numel:>14,}" for name, count, numel in _folded(self.units)]
+        lines += ["", "  bytes per rank at rest: " + _listed(self.bytes_per_rank)]
+        lines += ["  sent per rank and step: " + _listed(self.wire_bytes_per_step)]
+        return "\n".join(lines)
+
+
+def summarize(sharded: ShardedModel, optimizer: PartitionedOptimizer | None, *, steps: int) -> Summary:
+    """Count from the buffers themselves; `steps` micro-batches make one optimizer step. Does not communicate."""
+    plan, comm = sharded.plan, sharded.comm
+    numel = sum(member.param.numel() for section in sharded.sections for member in section.members)
+    kind = type(optimizer.inner).__name__ if optimizer is not None else "no optimizer"
+    return Summary(
+        headline=f"zerolith: {numel:,} parameters in {len(sharded.units)} units on {comm.size} ranks "
+        f"({comm.backend}, {comm.device.type}), {plan.partitioning}, {kind}",
+        units=tuple(
+            (unit.name, sum(len(section.members) for section in unit.sections), unit.numel) for unit in sharded.units
+        ),
+        bytes_per_rank=_bytes_at_rest(sharded, kind),
+        wire_bytes_per_step=_wire_bytes(sharded, steps),
+    )
+
+
+def _bytes_at_rest(sharded: ShardedModel, kind: str) -> dict[str, int]:
+    counts = dict.fromkeys(("parameters", "gradients", "optimizer"), 0)
+    for section in sharded.sections:
+        counts["parameters"] += section.weights.data.nbytes
+        if section.grads is None:
+            continue
+        counts["gradients"] += section.grads.data.nbytes
+        masters = list(section.masters.values()) if section.main is None else [section.main.data]
+        counts["optimizer"] += sum(STATES.get(kind, 1) * master.nbytes for master in masters)
+        if section.main is None or not section.main.shares_memory_with(section.weights):
+            counts["optimizer"] += sum(master.nbytes for master in masters)
+    return counts
+
+
+def _wire_bytes(sharded: ShardedModel, steps: int) -> dict[str, int]:
+    partitioning, size = sharded.plan.partitioning, sharded.comm.size
+    gather = scatter = 0
+    for unit in sharded.units:
+        for section in unit.sections:
+            weights = section.layout.numel * section.weights.data.element_size()
+            gathers = (1 if unit.stays else 2) * steps if partitioning.params is SHARD else 0
+            if section.grads is not None:
+                dtype = sharded.plan.precision.reduce_dtype(section.members[0].param.dtype)
+                scatter += section.layout.numel * dtype.itemsize * (1 if partitioning.rests_partial else steps)
+                gathers += 1 if (partitioning.params, partitioning.optim) == (REPLICATE, SHARD) else 0
+                if partitioning.optim is REPLICATE:
+                    gather += section.grads.data.nbytes
+            gather += gathers * weights
+    return {name: total * (size - 1) // size for name, total in (("all_gather", gather), ("reduce_scatter", scatter))}
+
+
+def _folded(units: tuple[tuple[str, int, int], ...]) -> list[tuple[str, int, int]]:
+    """Neighbouring units that differ only in their number, as one line."""
+    rows: list[tuple[str, int, int]] = []
+    run = 1
+    for unit in units:
+        stem = unit[0].rsplit(".", 1)[0]
+        if rows and rows[-1][1:] == unit[1:] and rows[-1][0].split(" ")[0].rsplit(".", 1)[0] == stem:
+            run += 1
+            rows[-1] = (f"{stem}.* ({run} alike)", *unit[1:])
+        else:
+            run = 1
+            rows.append(unit)
+    return rows
+
+
+def _listed(amounts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {_human(amount)}" for name, amount in amounts.items())
+
+
+def _human(amount: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if amount < 1024:
+            return f"{amount:.4g} {unit}"
+        amount /= 1024
+    return f"{amount:.4g} GiB"

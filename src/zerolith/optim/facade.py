@@ -1,0 +1,60 @@
+"""The optimizer that `initialize` returns: the client's groups and state, and a step that is the engine's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim import Optimizer
+
+
+class ZeroOptimizer(Optimizer):
+    """Stands for `optimizer`, the client's or configured one, whose groups and state it shares.
+
+    `step()` is the engine's step, `zero_grad()` the engine's. Schedulers may be built on it or on `optimizer`.
+    """
+
+    def __init__(self, optimizer: Optimizer, *, step: Callable[[], None], zero_grad: Callable[[], None]) -> None:
+        # Not super().__init__: groups and state are the client's own objects and stay in its hands.
+        self.optimizer = optimizer
+        self.defaults = optimizer.defaults
+        self._step = step
+        self._zero_grad = zero_grad
+        self.overflow = False  # whether the last step was skipped because gradients were not finite
+        self.loss_scale = 1.0
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]  # an attribute in torch
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # a defaultdict in torch
+        return self.optimizer.state
+
+    @property
+    def cur_scale(self) -> float:
+        return self.loss_scale
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # closures are refused, not called
+        """One engine step. Collective."""
+        if closure is not None:
+            raise TypeError("ZeroOptimizer.step takes no closure: run engine.backward(loss) first, then step()")
+        self._step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop what has been accumulated since the last step. step() does so by itself."""
+        self._zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's part of the optimizer's state, in torch's form."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave on the same rank at the same world size."""
+        self.optimizer.load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        raise TypeError("parameter groups are fixed once initialize has sharded them; add the group before it")
+
+    def __repr__(self) -> str:
+        return f"ZeroOptimizer({self.optimizer!r})"

@@ -1,0 +1,98 @@
+"""The global gradient norm, overflow and use of every parameter: one pass over the shards, two small collectives.
+
+[Note: exact sums] The square norm is a sum of one term per block of the layout (see [Note: blocks]). Adding them in
+fp64 would depend on how blocks lie over ranks and buckets. So each term is first rounded to a multiple of a unit
+chosen from the largest term, which makes every partial sum exact and the order irrelevant; the remainders are added
+the same way with a smaller unit. With n blocks the result is within n**3 * 2**-105 of the largest term.
+(Demmel and Nguyen, "Fast reproducible floating-point summation", ARITH 2013, with two bins.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from zerolith.comm import Comm
+from zerolith.gradients import Gradients
+from zerolith.layout import BLOCK
+
+MANTISSA = 52
+
+
+class GradientFacts(NamedTuple):
+    """What all ranks know about this step's gradient sum, before any scaling."""
+
+    norm: float  # 2-norm of the sum over ranks and micro-batches; inf if not finite
+    overflow: bool
+    used: list[list[bool]]  # per section, per parameter: some rank had a gradient for it
+    culprit: str  # the first parameter that is not finite, and the rank that holds it; "" if all are
+
+
+def examine(gradients: Sequence[Gradients], comm: Comm, *, fingerprint: bool) -> GradientFacts:
+    """Norm, overflow and use, equal on every rank.
+
+    Collective. With `fingerprint`, ranks also compare the collectives that they have issued so far.
+    Raises CollectiveMismatchError on every rank if they differ.
+    """
+    squares = [_block_squares(own) for own in gradients]
+    largest = max((float(square.max()) for square in squares if square.numel()), default=0.0)
+    largest = largest if math.isfinite(largest) else math.inf
+    flags = [float(used) for own in gradients for used in own.used]
+    print_ = float(comm.journal.fingerprint) if fingerprint else 0.0
+    largest, high, low, *flags = comm.max([largest, print_, -print_, *flags], name="gradient facts")
+    comm.check_journals(high, low, name="collective journals")
+    used = _split(flags, [len(own.used) for own in gradients])
+    if not math.isfinite(largest):
+        return GradientFacts(math.inf, True, used, _culprit(gradients, squares, comm))
+    blocks = sum(slot.padded.numel for own in gradients for slot in own.section.layout.slots) // BLOCK
+    total = sum(comm.sum(_exact_parts(squares, largest, blocks), name="gradient norm"))
+    return GradientFacts(math.sqrt(total), False, used, "")
+
+
+def _block_squares(own: Gradients) -> Tensor:
+    """(blocks of this rank's shard,) fp64: the sum of squares of each block."""
+    shard = own.sum.own().data.view(-1, BLOCK)
+    return torch.linalg.vector_norm(shard, dim=1).double().square_().nan_to_num_(nan=math.inf)
+
+
+def _exact_parts(squares: Sequence[Tensor], largest: float, blocks: int) -> list[float]:
+    """This rank's sum in two parts, coarse and fine; both may be added over ranks in any order without rounding."""
+    if largest == 0.0:
+        return [0.0, 0.0]
+    growth = max(blocks, 1).bit_length()  # a sum of `blocks` terms is under 2**growth of the largest
+    unit = math.ldexp(1.0, math.frexp(largest)[1] + growth - MANTISSA)
+    parts = []
+    rest = list(squares)
+    for _ in range(2):
+        magic = 1.5 * math.ldexp(unit, MANTISSA)  # adding it rounds to a multiple of `unit`
+        rounded = [(square + magic) - magic for square in rest]
+        parts.append(sum(float(part.sum()) for part in rounded))
+        rest = [square - part for square, part in zip(rest, rounded, strict=True)]
+        unit = math.ldexp(unit, growth - MANTISSA)
+    return parts
+
+
+def _culprit(gradients: Sequence[Gradients], squares: Sequence[Tensor], comm: Comm) -> str:
+    mine = ""
+    for own, square in zip(gradients, squares, strict=True):
+        bad = torch.nonzero(~torch.isfinite(square))
+        if len(bad):
+            element = own.section.layout.shard(comm.rank).start + int(bad[0]) * BLOCK
+            slots = own.section.layout.slots
+            index = max(index for index, slot in enumerate(slots) if slot.start <= element)
+            mine = f"{own.section.members[index].name} (shard of rank {comm.rank})"
+            break
+    names = comm.all_gather_bytes(mine.encode(), name="parameter that overflowed")
+    return next((name.decode() for name in names if name), "")
+
+
+def _split(flags: Sequence[float], sizes: Sequence[int]) -> list[list[bool]]:
+    parts, start = [], 0
+    for size in sizes:
+        parts.append([flag > 0 for flag in flags[start : start + size]])
+        start += size
+    return parts

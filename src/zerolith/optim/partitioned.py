@@ -1,0 +1,164 @@
+"""A torch optimizer on this rank's part of the masters.
+
+The optimizer object and its param_group dicts stay the client's own; only the tensors in `group["params"]` are
+replaced, by flat pieces of the masters (ELEMENT) or by whole tensors (TENSOR).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from zerolith.comm import Comm
+from zerolith.gradients import Gradients
+from zerolith.layout import Range
+from zerolith.optim.exchange import WholeTensors
+from zerolith.section import Granularity
+
+
+@dataclass(eq=False)
+class Piece:
+    """A range of a section's master that the optimizer steps as one tensor."""
+
+    gradients: Gradients
+    range: Range  # of the section's layout; whole slots or parts of them, gaps included
+    group: int
+    param: nn.Parameter  # shape of the range, or of the slot where tensors are stepped whole
+
+    def slots(self) -> list[int]:
+        """The parameters of which this piece holds something."""
+        layout = self.gradients.section.layout
+        return [i for i, slot in enumerate(layout.slots) if slot.padded.clip(self.range).numel]
+
+
+class PartitionedOptimizer:
+    """Owner of the pieces of all sections; steps them with `inner`."""
+
+    def __init__(self, inner: Optimizer, gradients: Sequence[Gradients], comm: Comm) -> None:
+        self.inner = inner
+        self.gradients = list(gradients)
+        self.pieces: list[Piece] = []
+        self.whole: list[tuple[Gradients, WholeTensors]] = []
+        self.is_stepping = False
+        for own in self.gradients:
+            if own.section.main is None:
+                self.whole.append((own, WholeTensors(own.section, comm)))
+            else:
+                self.pieces += self._cut(own)
+        inner.state.clear()
+        self._hand_over()
+
+    def step(self, used: Sequence[Sequence[bool]]) -> None:
+        """Step every piece whose parameters had a gradient, and publish nothing yet.
+
+        used: per section, per parameter. A parameter without a gradient on any rank keeps its value, its
+        momentum and its own step count. Collective where whole tensors are exchanged.
+        """
+        by_section = {id(own): flags for own, flags in zip(self.gradients, used, strict=True)}
+        self.pieces = [part for piece in self.pieces for part in self._by_use(piece, by_section[id(piece.gradients)])]
+        self._hand_over()
+        for own, tensors in self.whole:
+            self._set_whole_grads(own, tensors, by_section[id(own)])
+        for piece in self.pieces:
+            flags = by_section[id(piece.gradients)]
+            if any(flags[index] for index in piece.slots()):
+                piece.param.grad = self._grad_of(piece)
+        self._step_inner()
+        for own, tensors in self.whole:
+            tensors.put_values(own.section.weights.own())
+
+    def locate(self, own: Gradients, index: int) -> Iterator[tuple[nn.Parameter, Range, Range]]:
+        """Where slot `index` lies on this rank: (stepped tensor, range in it, range in the slot), flattened."""
+        slot = own.section.layout.slots[index]
+        for piece in self.pieces:
+            part = slot.span.clip(piece.range)
+            if piece.gradients is own and part.numel:
+                yield piece.param, part.shift(-piece.range.start), part.shift(-slot.start)
+        for other, tensors in self.whole:
+            if other is own and index in tensors.params:
+                whole = Range(0, slot.numel)
+                yield tensors.params[index], whole, whole
+
+    def _step_inner(self) -> None:
+        self.is_stepping = True
+        try:
+            self.inner.step()
+        finally:
+            self.is_stepping = False
+            for group in self.inner.param_groups:
+                for param in group["params"]:
+                    param.grad = None
+
+    def _cut(self, own: Gradients) -> list[Piece]:
+        section = own.section
+        main, layout = section.main, section.layout
+        assert main is not None, "sections without a flat master are exchanged, not cut"
+        if section.granularity is Granularity.TENSOR:
+            return [
+                Piece(own, slot.padded, slot.group, nn.Parameter(main.slot(index)))
+                for index, slot in enumerate(layout.slots)
+            ]
+        ranges = [(group, run.clip(main.range)) for group, run in layout.group_ranges()]
+        return [Piece(own, run, group, nn.Parameter(main.at(run))) for group, run in ranges if run.numel]
+
+    def _grad_of(self, piece: Piece) -> Tensor:
+        if piece.gradients.section.granularity is Granularity.TENSOR:
+            grad = piece.gradients.sum.slot(piece.slots()[0])
+        else:
+            grad = piece.gradients.sum.at(piece.range)
+        return grad.to(piece.param.dtype)
+
+    def _set_whole_grads(self, own: Gradients, tensors: WholeTensors, flags: Sequence[bool]) -> None:
+        for index, grad in tensors.take_grads(own.sum.own()).items():
+            if flags[index]:
+                tensors.params[index].grad = grad.to(tensors.params[index].dtype)
+
+    def _by_use(self, piece: Piece, flags: Sequence[bool]) -> list[Piece]:
+        """The piece, or its parts if only some of its parameters had a gradient; they stay apart from then on."""
+        slots = piece.slots()
+        if len({flags[index] for index in slots}) <= 1:
+            return [piece]
+        layout = piece.gradients.section.layout
+        runs: list[tuple[bool, Range]] = []
+        for index in slots:
+            part = layout.slots[index].padded.clip(piece.range)
+            if runs and runs[-1][0] == flags[index]:
+                runs[-1] = (flags[index], Range(runs[-1][1].start, part.stop))
+            else:
+                runs.append((flags[index], part))
+        state = self.inner.state.pop(piece.param, {})
+        return [self._part(piece, run, state) for _, run in runs]
+
+    def _part(self, piece: Piece, run: Range, state: dict[str, Any]) -> Piece:
+        where = slice(run.start - piece.range.start, run.stop - piece.range.start)
+        part = Piece(piece.gradients, run, piece.group, nn.Parameter(piece.param.detach()[where]))
+        if state:
+            self.inner.state[part.param] = {
+                name: value[where].clone()
+                if isinstance(value, Tensor) and value.shape == piece.param.shape
+                else copy.deepcopy(value)
+                for name, value in state.items()
+            }
+        return part
+
+    def _hand_over(self) -> None:
+        params: list[list[Tensor]] = [[] for _ in self.inner.param_groups]
+        for piece in self.pieces:
+            params[piece.group].append(piece.param)
+        for own, tensors in self.whole:
+            for index, param in tensors.params.items():
+                params[own.section.layout.slots[index].group].append(param)
+        for group, own_params in zip(self.inner.param_groups, params, strict=True):
+            group["params"] = own_params
+
+
+@torch.no_grad()
+def initial_state_is_empty(optimizer: Optimizer) -> bool:
+    """Whether the optimizer has not stepped yet."""
+    return not any(optimizer.state.values())

@@ -1,0 +1,232 @@
+"""The flat buffers of some parameters that share dtype, and whether and how they are trained.
+
+A section owns, over one Layout:
+
+    weights  compute dtype, params placement          what forward reads; publish() writes it
+    whole    compute dtype, REPLICATE                 `param.data` are views of it; is `weights` where params rest whole
+    main     master dtype, optim placement, or None   what the optimizer writes; is `weights` where the two agree
+    grads    accumulation dtype, optim placement      the sum over ranks and micro-batches; None if frozen
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+
+from zerolith.buffer import FlatBuffer
+from zerolith.comm import Comm, Pending
+from zerolith.layout import plan_layout
+from zerolith.parameter import ShardedParameter, Touch
+from zerolith.partitioning import REPLICATE, SHARD, Partitioning
+from zerolith.precision import Precision
+from zerolith.redistribute import redistribute
+
+
+class Granularity(Enum):
+    """What an optimizer needs to see of a tensor in order to step it."""
+
+    ELEMENT = "element"  # any part of it: Adam, SGD, Lion, ...
+    TENSOR = "tensor"  # the whole of it: Muon, Adafactor, Shampoo, ...
+
+
+@dataclass(eq=False, kw_only=True)
+class Member:
+    """One parameter of the model and every place where modules hold it."""
+
+    name: str
+    param: nn.Parameter
+    homes: list[tuple[nn.Module, str]] = field(default_factory=list)
+    group: int = -1  # index of its optimizer param group; -1 if no optimizer has it
+    whole: Callable[[], Tensor] | None = None  # for parameters that are sharded already: collective, the whole tensor
+    wanted_grad: bool = True  # requires_grad when the engine was made
+
+    def __post_init__(self) -> None:
+        self.wanted_grad = self.param.requires_grad
+
+    @property
+    def trained(self) -> bool:
+        return self.group >= 0
+
+    def install(self, param: Tensor) -> None:
+        """Make every module that holds this parameter hold `param` in its place."""
+        for module, attribute in self.homes:
+            # Not setattr: modules such as nn.LSTM keep lists of their parameters and rebuild them on assignment.
+            module._parameters[attribute] = param  # type: ignore[assignment]  # a stand-in counts as a parameter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What every section of an engine shares."""
+
+    partitioning: Partitioning
+    precision: Precision
+    comm: Comm
+
+
+class Section:
+    """Owner of the buffers of `members`. Building one broadcasts rank 0's values: collective."""
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        plan: Plan,
+        *,
+        name: str,
+        touch: Touch,
+        granularity: Granularity = Granularity.ELEMENT,
+        owners: Sequence[int] = (),
+    ) -> None:
+        self.name = name
+        self.members = list(members)
+        self.plan = plan
+        self.granularity = granularity
+        self.trained = members[0].trained
+        self.layout = plan_layout(
+            [member.param.shape for member in members],
+            num_shards=plan.comm.size,
+            groups=[member.group for member in members],
+        )
+        packed = self._pack()
+        self.whole = self._cast(packed, plan.precision.compute_dtype(packed.data.dtype))
+        self.weights = self.whole if plan.partitioning.params is REPLICATE else self._own_copy(self.whole)
+        self.owners = list(owners)  # rank that steps each tensor, where whole tensors are stepped on shards
+        self.main = self._make_main(packed)
+        self.masters = self._make_masters(packed)  # by index: whole tensors that this rank owns, master dtype
+        self.grads = self._make_grads()
+        self.stand_ins = self._make_stand_ins(touch)
+        self._adopt()
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether parameters rest as shards, so that `whole` must be gathered before use."""
+        return self.weights is not self.whole
+
+    def start_gather(self) -> Pending:
+        """Begin to fill `whole` from the shards. Collective."""
+        self.whole.allocate()
+        return redistribute(self.weights, self.whole, comm=self.plan.comm, name=self.name)
+
+    def install_whole(self) -> None:
+        """Put the real parameters back into their modules."""
+        for member, stand_in in zip(self.members, self.stand_ins, strict=True):
+            if member.param.requires_grad != stand_in.requires_grad:
+                member.param.requires_grad_(stand_in.requires_grad)
+            member.install(member.param)
+
+    def release(self) -> None:
+        """Free `whole` and put stand-ins into the modules."""
+        for member, stand_in in zip(self.members, self.stand_ins, strict=True):
+            if member.param.requires_grad != stand_in.requires_grad:
+                stand_in.requires_grad_(member.param.requires_grad)
+            member.install(stand_in)
+        self.whole.release()
+
+    def start_publish(self) -> Pending:
+        """Begin to bring the optimizer's result to the weights. Collective where params rest whole."""
+        source = self.main if self.main is not None else self.weights.own()
+        pending = redistribute(source, self.weights, comm=self.plan.comm, name=self.name)
+        return _Published(pending, self)
+
+    def mark_written(self) -> None:
+        """Tell autograd and `edited()` that the weights' content is ours and new."""
+        for member in self.members:
+            torch.autograd.graph.increment_version(member.param)
+        self._versions = self._current_versions()
+
+    def edited(self) -> bool:
+        """Whether someone else wrote to the weights in place since `mark_written`."""
+        return self._versions != self._current_versions()
+
+    def adopt_edits(self) -> None:
+        """Take the weights' present values as the master's."""
+        if self.main is not None and not self.main.shares_memory_with(self.weights):
+            source = self.weights.own() if self.main.placement is SHARD else self.weights
+            self.main.data.copy_(source.data)
+        self._versions = self._current_versions()
+
+    def _current_versions(self) -> list[int]:
+        if self.is_sharded:
+            return [self.weights.data._version]
+        return [member.param._version for member in self.members]
+
+    def _pack(self) -> FlatBuffer:
+        """All members side by side with rank 0's values, REPLICATE, in their own dtype."""
+        comm, first = self.plan.comm, self.members[0].param
+        packed = FlatBuffer.zeros(
+            self.layout, REPLICATE, rank=comm.rank, dtype=first.dtype, device=comm.device
+        )
+        with torch.no_grad():
+            for index, member in enumerate(self.members):
+                packed.slot(index).copy_(member.whole() if member.whole else member.param)
+        comm.broadcast(packed.data, name=self.name)
+        return packed
+
+    def _cast(self, buffer: FlatBuffer, dtype: torch.dtype) -> FlatBuffer:
+        return FlatBuffer(self.layout, buffer.placement, buffer.data.to(dtype), rank=buffer.rank)
+
+    def _own_copy(self, buffer: FlatBuffer) -> FlatBuffer:
+        own = buffer.own()
+        return FlatBuffer(self.layout, SHARD, own.data.clone(), rank=own.rank)
+
+    def _make_main(self, packed: FlatBuffer) -> FlatBuffer | None:
+        optim = self.plan.partitioning.optim
+        if not self.trained or (self.granularity is Granularity.TENSOR and optim is SHARD):
+            return None  # frozen; or the owners of whole tensors hold the master
+        dtype = self.plan.precision.master_dtype(packed.data.dtype)
+        if dtype == self.weights.data.dtype:
+            return self.weights.own() if optim is SHARD else self.weights
+        source = packed.own() if optim is SHARD else packed
+        copy = source.data.to(dtype, copy=True)
+        return FlatBuffer(self.layout, optim, copy, rank=packed.rank)
+
+    def _make_masters(self, packed: FlatBuffer) -> dict[int, Tensor]:
+        if self.main is not None or not self.trained:
+            return {}
+        dtype = self.plan.precision.master_dtype(packed.data.dtype)
+        mine = [index for index, owner in enumerate(self.owners) if owner == packed.rank]
+        return {index: packed.slot(index).to(dtype, copy=True) for index in mine}
+
+    def _make_grads(self) -> FlatBuffer | None:
+        if not self.trained:
+            return None
+        dtype = self.plan.precision.accumulate_dtype(self.members[0].param.dtype)
+        comm = self.plan.comm
+        return FlatBuffer.zeros(
+            self.layout, self.plan.partitioning.optim, rank=comm.rank, dtype=dtype, device=comm.device
+        )
+
+    def _make_stand_ins(self, touch: Touch) -> list[ShardedParameter]:
+        if not self.is_sharded:
+            return []
+        return [
+            ShardedParameter(
+                member.param.shape,
+                self.weights.local(index),
+                self.layout.owned(index, self.weights.rank),
+                fqn=member.name,
+                touch=touch,
+                requires_grad=member.param.requires_grad,
+            )
+            for index, member in enumerate(self.members)
+        ]
+
+    def _adopt(self) -> None:
+        """Make every parameter a view of `whole`; its old storage goes."""
+        for index, member in enumerate(self.members):
+            member.param.data = self.whole.slot(index)
+            member.install(member.param)
+        self._versions = self._current_versions()
+
+
+class _Published:
+    def __init__(self, pending: Pending, section: Section) -> None:
+        self._pending = pending
+        self._section = section
+
+    def wait(self) -> None:
+        self._pending.wait()
+        self._section.mark_written()

@@ -1,0 +1,176 @@
+"""A model's parameters as units, and everything that acts on all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zerolith.comm import Comm
+from zerolith.errors import UsageError
+from zerolith.gradients import Gradients, Reducer
+from zerolith.hooks import Gatherer
+from zerolith.layout import assign_owners
+from zerolith.parameter import ShardedParameter, refuse
+from zerolith.section import Granularity, Member, Plan, Section
+from zerolith.unit import Unit
+from zerolith.wrap import UnitPlan, WrapPolicy, plan_units, split_members
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one parameter lives."""
+
+    unit: Unit
+    section: Section
+    index: int  # its slot in the section
+
+    @property
+    def member(self) -> Member:
+        return self.section.members[self.index]
+
+
+class ShardedModel:
+    """Owner of the units of `model`. Building it moves every parameter into flat buffers: collective."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        members: Sequence[Member],
+        plan: Plan,
+        policy: WrapPolicy,
+        *,
+        granularity: Granularity,
+        overlap: bool,
+        prefetch: bool,
+    ) -> None:
+        self.model = model
+        self.plan = plan
+        self.comm: Comm = plan.comm
+        self._loads = [0.0] * plan.comm.size  # of the owners of whole tensors
+        self._granularity = granularity
+        plans = plan_units(model, members, policy)
+        self.units = [self._make_unit(unit_plan, policy, is_root=unit_plan is plans[0]) for unit_plan in plans]
+        self.places = {
+            id(member): Place(unit, section, index)
+            for unit in self.units
+            for section in unit.sections
+            for index, member in enumerate(section.members)
+        }
+        self._by_name = {place.member.name: place for place in self.places.values()}
+        self._by_param = {id(place.member.param): place for place in self.places.values()}
+        # Backward meets the last unit first; the root, which is used at both ends, completes last.
+        self.gradients = [
+            Gradients(section, plan.partitioning, plan.precision, plan.comm)
+            for section in reversed(self.sections)
+            if section.trained
+        ]
+        self.reducer = Reducer(self.gradients, overlap=overlap)
+        self.gatherer = Gatherer(model, self.units, [unit_plan.module for unit_plan in plans], prefetch=prefetch)
+        self._handles = [model.register_state_dict_pre_hook(self._before_state_dict), *self._drop_untrained_grads()]
+        self._broadcast_buffers()
+        self.release_all()
+
+    @property
+    def sections(self) -> list[Section]:
+        return [section for unit in self.units for section in unit.sections]
+
+    def place_of(self, param: Tensor) -> Place | None:
+        """Where `param`, a real parameter or its stand-in, lives; None if it is not of this model."""
+        if isinstance(param, ShardedParameter):
+            place = self._by_name.get(param.fqn)
+            return place if place is not None and param in place.section.stand_ins else None
+        return self._by_param.get(id(param))
+
+    def gradients_of(self, section: Section) -> Gradients | None:
+        return next((own for own in self.gradients if own.section is section), None)
+
+    def release_all(self) -> None:
+        self.gatherer.release_all()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Bring the optimizer's results to the weights; every gathered copy is dropped. Collective."""
+        self.release_all()
+        for pending in [section.start_publish() for section in self.sections if section.trained]:
+            pending.wait()
+
+    @torch.no_grad()
+    def adopt_edits(self) -> list[str]:
+        """Let masters follow weights that were written to in place; returns the sections' names."""
+        edited = [section for section in self.sections if section.trained and section.edited()]
+        for section in edited:
+            section.adopt_edits()
+        return [section.name for section in edited]
+
+    def check_frozen(self) -> None:
+        """Raise UsageError if a parameter that no optimizer group holds wants to be trained."""
+        for section in self.sections:
+            if section.trained:
+                continue
+            for index, member in enumerate(section.members):
+                current = section.stand_ins[index] if section.is_sharded else member.param
+                if current.requires_grad and not member.wanted_grad:
+                    raise UsageError(
+                        f"{member.name!r} was frozen and in no optimizer group when initialize ran, so it has no "
+                        "master weights and cannot be trained now. Put it into the optimizer before initialize (it may "
+                        "stay frozen until you need it), or make a new engine."
+                    )
+
+    def reset(self) -> None:
+        """Back to rest after an exception: gradients since the last step are dropped."""
+        self.reducer.reset()
+        self.gatherer.reset()
+
+    def detach(self) -> None:
+        """Take every hook off the model; parameters stay where they are."""
+        self.release_all()
+        self.gatherer.remove_hooks()
+        self.reducer.remove_hooks()
+        for handle in self._handles:
+            handle.remove()
+
+    def _make_unit(self, plan: UnitPlan, policy: WrapPolicy, *, is_root: bool) -> Unit:
+        sections = []
+        buckets = split_members(plan.members, bucket_numel=policy.bucket_numel)
+        for number, members in enumerate(buckets):
+            section = Section(
+                members,
+                self.plan,
+                name=f"{plan.name}[{number}]",
+                touch=self._touch,
+                granularity=self._granularity,
+                owners=assign_owners([member.param.shape for member in members], self._loads),
+            )
+            sections.append(section)
+        return Unit(plan.name, sections, stays=is_root)
+
+    def _touch(self, stand_in: ShardedParameter) -> Tensor:
+        place = self.place_of(stand_in)
+        if place is None:
+            return refuse(stand_in)
+        return self.gatherer.touch(place.unit, stand_in, place.member.param)
+
+    def _before_state_dict(self, *_: Any) -> None:  # torch passes (module, prefix, keep_vars)
+        self.release_all()
+
+    def _broadcast_buffers(self) -> None:
+        with torch.no_grad():
+            for name, buffer in self.model.named_buffers():
+                self.comm.broadcast(buffer, name=f"buffer {name}")
+
+    def _drop_untrained_grads(self) -> list[Any]:
+        """Trainable parameters outside every optimizer group: nobody will step or clear their gradients."""
+
+        def drop(param: Tensor) -> None:
+            param.grad = None
+
+        return [
+            member.param.register_post_accumulate_grad_hook(drop)
+            for section in self.sections
+            for member in section.members
+            if not member.trained and member.wanted_grad
+        ]

@@ -1,0 +1,74 @@
+"""A set of parameters that are gathered, reduced, stepped and published together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+
+from zerolith.comm import Pending
+from zerolith.errors import PhaseError
+from zerolith.section import Section
+
+
+class Phase(Enum):
+    """Where a unit's whole parameters are. Units whose parameters rest whole are always GATHERED."""
+
+    REST = "at rest, sharded"
+    GATHERING = "being gathered"
+    GATHERED = "whole"
+
+
+LEGAL = {(Phase.REST, Phase.GATHERING), (Phase.GATHERING, Phase.GATHERED), (Phase.GATHERED, Phase.REST)}
+
+
+class Unit:
+    """Sections that move together, and the phase they are in.
+
+    `uses` counts the forwards that are running inside the unit; `stays` means that it is not released between
+    forward and backward (the root, whose parameters are needed at both ends of a step).
+    """
+
+    def __init__(self, name: str, sections: Sequence[Section], *, stays: bool) -> None:
+        self.name = name
+        self.sections = list(sections)
+        self.stays = stays
+        self.uses = 0
+        self.phase = Phase.GATHERED
+        self._pending: list[Pending] = []
+        self.is_sharded = any(section.is_sharded for section in sections)
+
+    @property
+    def numel(self) -> int:
+        """Elements of the unit's buffers, padding included."""
+        return sum(section.layout.numel for section in self.sections)
+
+    def start_gather(self) -> None:
+        """Begin to gather, unless that is done or under way. Collective."""
+        if self.phase is Phase.REST:
+            self._move(Phase.GATHERING)
+            self._pending = [section.start_gather() for section in self.sections]
+
+    def gather(self) -> None:
+        """Make the parameters whole and put them into their modules. Collective unless they are whole already."""
+        self.start_gather()
+        if self.phase is Phase.GATHERING:
+            for pending, section in zip(self._pending, self.sections, strict=True):
+                pending.wait()
+                section.install_whole()
+            self._pending = []
+            self._move(Phase.GATHERED)
+
+    def release(self) -> None:
+        """Let go of the whole parameters. Does not communicate; waits for a gather under way."""
+        if not self.is_sharded or self.phase is Phase.REST:
+            return
+        if self.phase is Phase.GATHERING:
+            self.gather()
+        for section in self.sections:
+            section.release()
+        self._move(Phase.REST)
+
+    def _move(self, phase: Phase) -> None:
+        if (self.phase, phase) not in LEGAL:
+            raise PhaseError(f"unit {self.name!r} is {self.phase.value} and cannot become {phase.value}")
+        self.phase = phase

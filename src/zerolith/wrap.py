@@ -1,0 +1,128 @@
+"""Which parameters form a unit: modules in, lists of members out. Nothing is moved here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from zerolith.errors import UsageError
+from zerolith.section import Member
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrapPolicy:
+    """What makes a module a unit.
+
+    unit_classes: names of classes (bare, or with their module) whose instances are units, whatever their size.
+    unit_names, unit_suffixes: paths of such modules, or the paths' endings.
+    min_numel: smaller modules join what encloses them (DeepSpeed's stage3_param_persistence_threshold).
+    bucket_numel: a unit's buffers are cut at this many elements (DeepSpeed's reduce_bucket_size).
+    """
+
+    unit_classes: frozenset[str] = frozenset()
+    unit_names: frozenset[str] = frozenset()
+    unit_suffixes: tuple[str, ...] = ()
+    min_numel: int = 100_000
+    bucket_numel: int = 500_000_000
+
+
+@dataclass(eq=False, kw_only=True)
+class UnitPlan:
+    """A module and the members that are whole while it computes. The root's plan holds all that is left."""
+
+    name: str
+    module: nn.Module
+    members: list[Member] = field(default_factory=list)
+
+
+def find_members(model: nn.Module) -> list[Member]:
+    """Every parameter once, in the model's order, with all the places that hold it."""
+    members: dict[int, Member] = {}
+    for path, module in model.named_modules(remove_duplicate=True):
+        for attribute, param in module._parameters.items():
+            if param is None:
+                continue
+            if type(param) not in (nn.Parameter, torch.Tensor) and not isinstance(param, nn.Parameter):
+                raise UsageError(f"{path}.{attribute} is a {type(param).__name__}, not a parameter")
+            name = f"{path}.{attribute}" if path else attribute
+            member = members.setdefault(id(param), Member(name=name, param=param))
+            member.homes.append((module, attribute))
+    return list(members.values())
+
+
+def plan_units(model: nn.Module, members: Sequence[Member], policy: WrapPolicy) -> list[UnitPlan]:
+    """Put each member into the innermost unit that contains every module that holds it.
+
+    Units are: instances of `unit_classes`; children of one class that stand side by side in a container (a
+    transformer's blocks); and large modules without children. The root comes first and takes the rest, such as
+    tied weights whose users lie in different units.
+    """
+    plans = [UnitPlan(name="root", module=model)]
+    owner: dict[int, UnitPlan] = {}
+    for name, module in _unit_modules(model, policy):
+        plan = UnitPlan(name=name, module=module)
+        plans.append(plan)
+        for inner in module.modules():
+            owner.setdefault(id(inner), plan)
+    for member in members:
+        candidates = {id(owner.get(id(module), plans[0])) for module, _ in member.homes}
+        plan = owner.get(id(member.homes[0][0]), plans[0]) if len(candidates) == 1 else plans[0]
+        plan.members.append(member)
+    return [plan for plan in plans if plan.members or plan.module is model]
+
+
+def split_members(members: Sequence[Member], *, bucket_numel: int) -> Iterator[list[Member]]:
+    """Cut a unit's members into sections: one dtype, trained or frozen, ordered by param group, bounded in size."""
+    kinds: dict[tuple[str, bool], list[Member]] = {}
+    for member in members:
+        kinds.setdefault((str(member.param.dtype), member.trained), []).append(member)
+    for kind in kinds.values():
+        bucket: list[Member] = []
+        for member in sorted(kind, key=lambda each: each.group):
+            if bucket and sum(each.param.numel() for each in bucket) + member.param.numel() > bucket_numel:
+                yield bucket
+                bucket = []
+            bucket.append(member)
+        yield bucket
+
+
+def _unit_modules(model: nn.Module, policy: WrapPolicy) -> Iterator[tuple[str, nn.Module]]:
+    seen: set[int] = {id(model)}
+
+    def visit(parent: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+        repeated = _repeated_classes(parent)
+        for name, child in parent.named_children():
+            if id(child) in seen:
+                continue
+            seen.add(id(child))
+            child_path = f"{path}.{name}" if path else name
+            if _is_unit(child, child_path, repeated, policy):
+                yield child_path, child
+            else:
+                yield from visit(child, child_path)
+
+    yield from visit(model, "")
+
+
+def _is_unit(module: nn.Module, path: str, repeated: Mapping[type, int], policy: WrapPolicy) -> bool:
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return False  # never called themselves, so hooks on them would never run
+    kind = type(module)
+    if kind.__name__ in policy.unit_classes or f"{kind.__module__}.{kind.__qualname__}" in policy.unit_classes:
+        return True
+    if path in policy.unit_names or path.endswith(policy.unit_suffixes or ("\n",)):
+        return True
+    is_block = repeated.get(kind, 0) > 1
+    is_leaf = next(module.children(), None) is None
+    return (is_block or is_leaf) and sum(param.numel() for param in module.parameters()) >= policy.min_numel
+
+
+def _repeated_classes(parent: nn.Module) -> dict[type, int]:
+    counts: dict[type, int] = {}
+    if isinstance(parent, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
+        for child in parent.children():
+            counts[type(child)] = counts.get(type(child), 0) + 1
+    return counts

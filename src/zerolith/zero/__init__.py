@@ -1,0 +1,1 @@
+"""Access to sharded parameters, and building models that never exist whole."""

@@ -1,0 +1,97 @@
+"""Small models and the plain PyTorch training that everything is compared with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, time, width = x.shape
+        qkv = self.qkv(self.norm1(x)).view(batch, time, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).reshape(batch, time, width))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class GPT(nn.Module):
+    """A GPT with a tied head; returns the loss."""
+
+    def __init__(self, vocab: int = 64, width: int = 32, layers: int = 3, heads: int = 2) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocab, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocab, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens[:, :-1])
+        for block in self.blocks:
+            x = block(x)
+        return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def make_gpt(seed: int = 0, **kwargs: int) -> GPT:
+    torch.manual_seed(seed)
+    return GPT(**kwargs)
+
+
+def token_batches(steps: int, batch: int, *, time: int = 17, vocab: int = 64, seed: int = 1) -> Tensor:
+    """(steps, batch, time) random tokens with some structure to learn."""
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randint(0, vocab, (steps, batch, 1), generator=generator)
+    return (start + torch.arange(time) * 3 + torch.randint(0, 3, (steps, batch, time), generator=generator)) % vocab
+
+
+def train_plain(
+    model: nn.Module,
+    data: Tensor,
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    *,
+    clip: float = 0.0,
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Single-process PyTorch on whole batches; returns losses and final parameters."""
+    model = copy.deepcopy(model)
+    optimizer = make_optimizer(model)
+    losses = []
+    for batch in data:
+        loss = model(batch)
+        losses.append(loss.item())
+        loss.backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, {name: param.detach().clone() for name, param in model.named_parameters()}
+
+
+def zero_config(stage: int, **overrides: Any) -> dict[str, Any]:
+    """A small config in which every block is a unit."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 1000},
+    }
+    zero = overrides.pop("zero_optimization", {})
+    config["zero_optimization"].update(zero)
+    config.update(overrides)
+    return config
