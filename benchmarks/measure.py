@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 KIB_PER_MB = 1_000_000 / 1024
+BF16_FLAGS = ("avx512_bf16", "amx_bf16")  # of x86; without either, bf16 arithmetic is emulated
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -52,12 +53,14 @@ def busy_s() -> float:
 def hardware() -> dict[str, object]:
     """What a reader needs to judge the numbers."""
     cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
+    flags = {flag for line in cpuinfo if line.startswith("flags") for flag in line.split()}
     models = [line.partition(":")[2].strip() for line in cpuinfo if line.startswith("model name")]
     pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     return {
         "cpu": models[0] if models else platform.machine(),
         "cores": os.cpu_count(),
         "memory_gb": round(pages * page_bytes / 1e9, 1),
+        "bf16_instructions": [flag for flag in BF16_FLAGS if flag in flags],
         "kernel": platform.release(),
         "python": platform.python_version(),
     }

@@ -130,13 +130,16 @@ def measure(plan: Plan, host: Host) -> Record:
         return run(fleet, plan.jobs, num_rounds=plan.num_rounds, chunk=plan.chunk, say=say)
 
 
-def notes_on(record: Record, machine: dict[str, object]) -> list[str]:
+def notes_on(plan: Plan, record: Record, machine: dict[str, object]) -> list[str]:
     """What a reader of the table must know."""
     loudest = max(record.idle_bytes_per_s)
     notes = [
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB; foreign cores = processors "
         "busy with other work during the engine's turns.",
     ]
+    job = plan.jobs[0]
+    if (job.device, job.dtype) == ("cpu", "bf16") and not machine["bf16_instructions"]:
+        notes.append("This processor has no bf16 instructions: bf16 is emulated, and slower than fp32.")
     if loudest > NOISY_BYTES_PER_S:
         notes.append(f"Other traffic on loopback, up to {loudest / 1e6:.1f} MB/s: wire MB is an upper bound.")
     return notes
@@ -192,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
     default = RESULTS / f"{stamp}-{arguments.size}-{arguments.dtype}-w{arguments.world}.json"
     report.write(arguments.json or default, result, record, rows)
-    notes = notes_on(record, hardware())
+    notes = notes_on(plan, record, hardware())
     table = report.markdown(rows, baseline=plan.baseline, title=plan.title, notes=notes)
     if arguments.markdown:
         arguments.markdown.write_text(table)

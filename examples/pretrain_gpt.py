@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 examples/pretrain_gpt.py --config examples/configs/zero3_bf16.json
     python examples/pretrain_gpt.py --ranks 2 --stage 2 --precision fp32
 
-It needs no download: the corpus is the running interpreter's own library. `--help` lists the options, README.md
-beside this file says what a run leaves behind.
+It needs no download: the corpus is the running interpreter's own library. `--help` lists the options;
+README.md beside this file says what a run leaves behind.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import pickle
 import socket
 import time
 import traceback
@@ -69,7 +70,7 @@ def _collect(pipes: list[Connection], deadline: float) -> list[tuple[bool, Any]]
         for pipe in ready:
             assert isinstance(pipe, Connection), "only pipes are waited for"
             try:
-                outcomes[pending[pipe]] = pipe.recv()
+                outcomes[pending[pipe]] = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 outcomes[pending[pipe]] = (False, "the process died without a word")
     return [outcomes.get(rank, (False, "not done in time")) for rank in range(len(pipes))]
@@ -93,7 +94,7 @@ def _rank_main(
         outcome = (True, body(*args))
     except BaseException:
         outcome = (False, traceback.format_exc())
-    writer.send(outcome)
+    writer.send_bytes(pickle.dumps(outcome))  # not send(): that shares tensors through files that die with us
     writer.close()
     if dist.is_initialized() and outcome[0]:
         dist.destroy_process_group()

@@ -7,6 +7,7 @@ never depends on the other files. A token is a byte; a NUL separates files.
 from __future__ import annotations
 
 import hashlib
+import platform
 import random
 import sysconfig
 from collections.abc import Iterable
@@ -74,6 +75,11 @@ class Corpus:
     num_files: int
     digest: str  # of all bytes: equal digests are equal corpora
 
+    def __str__(self) -> str:
+        training, validation = len(self.training) / 1e6, len(self.validation) / 1e6
+        source = f"{self.num_files:,} files of Python {platform.python_version()}'s library"
+        return f"corpus: {source}, {training:.1f} MB to train on, {validation:.1f} MB to validate on"
+
     @classmethod
     def of_standard_library(cls, root: Path | None = None) -> Corpus:
         """Read the running interpreter's library, or the Python files under `root`."""
@@ -81,7 +87,9 @@ class Corpus:
         split = split_paths(source_paths(root))
         training, validation = read_stream(root, split.training), read_stream(root, split.validation)
         if not training or not validation:
-            raise CorpusError(f"{root} holds too few .py files to train on; use an interpreter with its sources")
+            raise CorpusError(
+                f"{root} holds too few .py files to train on; use an interpreter with its sources"
+            )
         return cls(
             training=torch.frombuffer(bytearray(training), dtype=torch.uint8),
             validation=torch.frombuffer(bytearray(validation), dtype=torch.uint8),
@@ -119,7 +127,9 @@ def validation_batches(stream: Tensor, *, batch_size: int, seq_len: int, num_win
     available = (len(stream) - 1) // seq_len
     count = min(num_windows, available)
     if count == 0:
-        raise CorpusError(f"the validation text has {len(stream)} bytes; --seq-len {seq_len} is too long for it")
+        raise CorpusError(
+            f"the validation text has {len(stream)} bytes; --seq-len {seq_len} is too long for it"
+        )
     starts = [(window * available // count) * seq_len for window in range(count)]
     groups = [starts[first : first + batch_size] for first in range(0, count, batch_size)]
     return [cut(stream, group, seq_len=seq_len) for group in groups]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from gpt.data import Batch
-from zerolith import Engine
 from gpt.ranks import sum_over_ranks
+from zerolith import Engine
 
 TEMPERATURE = 0.8
 

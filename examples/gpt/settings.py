@@ -94,7 +94,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--steps", type=_count, default=DEFAULT_STEPS, help="optimizer steps (default: %(default)s)")
     add("--max-minutes", type=_minutes, default=5.0, help="stop earlier than this (default: %(default)s)")
     add("--eval-interval", type=_count, help="steps between evaluations (default: a sixth of --steps)")
-    add("--seq-len", type=_count, default=DEFAULT_SHAPE.seq_len, help="bytes per sequence (default: %(default)s)")
+    add("--seq-len", type=_count, default=DEFAULT_SHAPE.seq_len, help="in bytes (default: %(default)s)")
     add("--layers", type=_count, default=DEFAULT_SHAPE.layers, help="default: %(default)s")
     add("--width", type=_count, default=DEFAULT_SHAPE.width, help="default: %(default)s")
     add("--seed", type=_seed, default=0, help="of the weights, the batches and the samples")

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from zerolith import Engine
 
 from gpt.clock import Clock
 from gpt.data import Batch, TrainingBatches
@@ -19,6 +18,7 @@ from gpt.memory import peak_bytes
 from gpt.ranks import sum_over_ranks
 from gpt.records import Outcome, StepRecord
 from gpt.report import Report
+from zerolith import Engine
 
 LOG_INTERVAL = 10  # steps
 WARMUP_FRACTION = 0.05
@@ -51,26 +51,27 @@ class Trainer:
 
     def fit(self) -> Outcome:
         """Train until the last step or until time is short. Collective."""
-        val_loss = self._evaluate()
-        self._tell(0, None, val_loss, tokens_per_s=None)
-        window, last_logged, out_of_time, step = self._no_loss(), 0, False, 0
+        self._tell(0, loss=None, val_loss=self._evaluate(), tokens_per_s=None)
+        window, logged_step = self._no_loss(), 0
         for step in range(1, self.num_steps + 1):
             window += self._train_step(step - 1)
             self.report.advance(step)
-            due = step % self.eval_interval == 0 or step == self.num_steps
-            if not due and step % LOG_INTERVAL:
+            evaluates = step % self.eval_interval == 0 or step == self.num_steps
+            if not evaluates and step % LOG_INTERVAL:
                 continue
-            loss, out_of_time = self._agree(window.item() / (step - last_logged))
+            num_steps = step - logged_step
+            own_loss = window.item() / num_steps  # waits for the device, so it comes before the clock
             window_s = self.clock.end_window()
-            tokens_per_s = (step - last_logged) * self.tokens_per_step / window_s
-            val_loss = self._evaluate() if due or out_of_time else None
-            self._tell(step, loss, val_loss, tokens_per_s=tokens_per_s)
-            window, last_logged = self._no_loss(), step
-            if out_of_time:
-                break
-        assert val_loss is not None, "the last step is always evaluated"
-        speed = step * self.tokens_per_step / self.clock.training_s
-        return Outcome(step, val_loss, speed, out_of_time and step < self.num_steps)
+            loss, out_of_time = self._agree(own_loss)
+            val_loss = self._evaluate() if evaluates or out_of_time else None
+            self._tell(
+                step, loss=loss, val_loss=val_loss, tokens_per_s=num_steps * self.tokens_per_step / window_s
+            )
+            if val_loss is not None and (out_of_time or step == self.num_steps):
+                speed = step * self.tokens_per_step / self.clock.training_s
+                return Outcome(step, val_loss, speed, out_of_time=step < self.num_steps)
+            window, logged_step = self._no_loss(), step
+        raise AssertionError("the last step evaluates and returns")
 
     @property
     def tokens_per_step(self) -> int:
@@ -83,7 +84,7 @@ class Trainer:
         engine, total = self.engine, self._no_loss()
         num_micro, ranks = engine.gradient_accumulation_steps(), engine.dp_world_size
         for micro in range(num_micro):
-            # Numbered over ranks first, so that other world sizes with the same global batch see the same data.
+            # Numbered over ranks first: other world sizes with the same global batch see the same data.
             batch = self.batches.batch((step * num_micro + micro) * ranks + engine.global_rank)
             loss = engine(self._to_device(batch.tokens), self._to_device(batch.targets))
             engine.backward(loss)
@@ -107,7 +108,7 @@ class Trainer:
             return validation_loss(self.engine, self.validation)
 
     def _tell(
-        self, step: int, loss: float | None, val_loss: float | None, *, tokens_per_s: float | None
+        self, step: int, *, loss: float | None, val_loss: float | None, tokens_per_s: float | None
     ) -> None:
         engine = self.engine
         norm = engine.get_global_grad_norm() if step else None

@@ -19,6 +19,7 @@ from zerolith.observe import Summary, summarize
 from zerolith.optim import PartitionedOptimizer, ZeroOptimizer, examine
 from zerolith.precision import LossScaler, Precision
 from zerolith.sharded_model import ShardedModel
+from zerolith.zero.marks import apply_remembered
 from zerolith.zero.owners import forget, register
 
 logger = logging.getLogger("zerolith")
@@ -75,7 +76,8 @@ class Engine(nn.Module):
         self.optimizer: Any = self._facade(optimizer, this) if optimizer else None
         sharded.reducer.before_first = lambda: _call(this, Engine._on_backward)
         self._handle = module.register_forward_hook(lambda *call: _watch_output(this, call[-1]))
-        register(sharded, self._partitioned)
+        register(sharded, self._partitioned, lambda: _terms(this))
+        apply_remembered(module)
 
     # Forward and backward
 
@@ -174,7 +176,7 @@ class Engine(nn.Module):
             logger.info("weights were edited in place and are kept: %s", ", ".join(edited))
         sharded.reducer.finish()
         facts = examine(sharded.gradients, sharded.comm, fingerprint=self._checks_fingerprint())
-        terms = sharded.comm.size * self._micro.per_step * scale
+        terms = self._terms()
         norm = facts.norm / terms
         skip = facts.overflow and self._skips_overflow()
         if not skip:
@@ -348,6 +350,10 @@ class Engine(nn.Module):
         this = weakref.ref(self)
         torch.autograd.Variable._execution_engine.queue_callback(lambda: _call(this, Engine._leave_backward))
 
+    def _terms(self) -> float:
+        """How many gradients a sum holds, times the loss scale."""
+        return self._sharded.comm.size * self._micro.per_step * self._scaler.scale
+
     def _skips_overflow(self) -> bool:
         return not self._settings.bf16.enabled or self._settings.bf16.check_grad_overflow
 
@@ -401,6 +407,11 @@ def _call(this: weakref.ref[Engine], method: Any) -> None:  # an Engine method w
     engine = this()
     if engine is not None:
         method(engine)
+
+
+def _terms(this: weakref.ref[Engine]) -> float:
+    engine = this()
+    return engine._terms() if engine is not None else 1.0
 
 
 def _refuse_outside(this: weakref.ref[Engine]) -> None:

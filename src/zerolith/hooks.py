@@ -64,6 +64,11 @@ class Gatherer:
             if id(module) not in self._hooked:
                 self._install(module, None)
 
+    def remove_external(self, module: nn.Module, unit: Unit) -> None:
+        """Take `add_external` back."""
+        if unit in self._external.get(id(module), []):
+            self._external[id(module)].remove(unit)
+
     def touch(self, unit: Unit, stand_in: ShardedParameter, param: Tensor) -> Tensor:
         """The whole parameter behind `stand_in`, for a forward that uses one of another module's unit."""
         if not self._calls:

@@ -20,11 +20,14 @@ from zerolith.data import make_loader
 from zerolith.engine import Engine
 from zerolith.errors import ConfigError, OptimizerError, UsageError, ZerolithError
 from zerolith.optim import build_optimizer, build_scheduler, granularity_of
+from zerolith.parameter import ShardedParameter
 from zerolith.partitioning import Partitioning
 from zerolith.precision import LossScaler, Precision
 from zerolith.section import Granularity, Member, Plan
 from zerolith.sharded_model import ShardedModel
 from zerolith.wrap import WrapPolicy, find_members
+from zerolith.zero.init import Origin
+from zerolith.zero.marks import get_z3_leaf_modules
 
 logger = logging.getLogger("zerolith")
 
@@ -96,8 +99,8 @@ def _check(
     if not isinstance(model, nn.Module):
         raise UsageError(f"initialize: model must be a torch.nn.Module, not {type(model).__name__}")
     config = resolve_batch(load_config(source), comm.size)
-    model.to(comm.device)
-    members = find_members(model)
+    members = find_members(model, _member)
+    _move(model, members, comm.device)
     chosen = _optimizer(model, optimizer, model_parameters, config)
     granularity = Granularity.ELEMENT
     if chosen is not None:
@@ -111,6 +114,25 @@ def _check(
             "optimizer; pass one to initialize or name one under optimizer.type"
         )
     return _Inputs(config=config, optimizer=chosen, members=members, granularity=granularity)
+
+
+def _member(name: str, param: nn.Parameter) -> Member:
+    """A member for a parameter as the model holds it: plain, or sharded under construction by zero.Init."""
+    if not isinstance(param, ShardedParameter):
+        return Member(name=name, param=param)
+    if not isinstance(param.origin, Origin):
+        raise UsageError(f"{name!r} is sharded by another engine; destroy() it or copy the model first")
+    param.origin.param.requires_grad_(param.requires_grad)
+    return Member(name=name, param=param.origin.param, whole=param.origin.whole, stand_in=param)
+
+
+def _move(model: nn.Module, members: Sequence[Member], device: torch.device) -> None:
+    if all(member.whole is None for member in members):
+        model.to(device)
+        return
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = buffer.to(device) if buffer is not None else None
 
 
 def _only_one(args: Any, config: Any, config_params: Any) -> Any:
@@ -151,6 +173,7 @@ def _optimizer(model: nn.Module, optimizer: Any, model_parameters: Any, config: 
 
 def _assign_groups(members: Sequence[Member], optimizer: Optimizer) -> None:
     by_id = {id(member.param): member for member in members}
+    by_id |= {id(member.stand_in): member for member in members if member.stand_in is not None}
     for number, group in enumerate(optimizer.param_groups):
         for param in group["params"]:
             member = by_id.get(id(param))
@@ -191,6 +214,7 @@ def _assemble(model: nn.Module, inputs: _Inputs) -> Engine:
             unit_classes=frozenset({*config.zerolith.unit_classes, *leaves.classes}),
             unit_names=frozenset(leaves.names),
             unit_suffixes=tuple(leaves.name_suffixes),
+            unit_modules=frozenset(map(id, get_z3_leaf_modules(model))),
             min_numel=zero.stage3_param_persistence_threshold,
             bucket_numel=zero.reduce_bucket_size,
         ),

@@ -45,6 +45,8 @@ class ShardedParameter(torch.Tensor):
     local: Tensor
     owned: Range
     touch: Touch
+    gathered: Tensor | None  # the whole parameter while its unit is gathered: then operations go to it
+    origin: object  # what built it, while it belongs to no engine yet
 
     @staticmethod
     def __new__(
@@ -55,6 +57,7 @@ class ShardedParameter(torch.Tensor):
         )
         stand_in._is_param = True  # what nn.Parameter's isinstance test looks at
         stand_in.fqn, stand_in.local, stand_in.owned, stand_in.touch = fqn, local, owned, touch
+        stand_in.gathered = stand_in.origin = None
         return stand_in  # type: ignore[no-any-return]  # torch does not type _make_wrapper_subclass
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
@@ -77,6 +80,7 @@ class ShardedParameter(torch.Tensor):
         if func in (torch.Tensor.detach, torch.Tensor.__deepcopy__) or _is_metadata(func):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        args, kwargs = pytree.tree_map_only(cls, lambda param: param if param.gathered is None else param.gathered, (args, kwargs))
         if func is torch.Tensor.copy_:
             return _copy_into(*args, **kwargs)
         args, kwargs = pytree.tree_map_only(cls, lambda param: param.touch(param), (args, kwargs))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from zerolith.buffer import FlatBuffer
 from zerolith.comm import Comm, Pending
+from zerolith.errors import ShardedAccessError
 from zerolith.layout import plan_layout
 from zerolith.parameter import ShardedParameter, Touch
 from zerolith.partitioning import REPLICATE, SHARD, Partitioning
@@ -42,6 +43,7 @@ class Member:
     homes: list[tuple[nn.Module, str]] = field(default_factory=list)
     group: int = -1  # index of its optimizer param group; -1 if no optimizer has it
     whole: Callable[[], Tensor] | None = None  # for parameters that are sharded already: collective, the whole tensor
+    stand_in: Tensor | None = None  # what the model held instead of `param`, where it was sharded before
     wanted_grad: bool = True  # requires_grad when the engine was made
 
     def __post_init__(self) -> None:
@@ -116,6 +118,7 @@ class Section:
             if member.param.requires_grad != stand_in.requires_grad:
                 member.param.requires_grad_(stand_in.requires_grad)
             member.install(member.param)
+            stand_in.gathered = member.param
 
     def release(self) -> None:
         """Free `whole` and put stand-ins into the modules."""
@@ -123,6 +126,7 @@ class Section:
             if member.param.requires_grad != stand_in.requires_grad:
                 stand_in.requires_grad_(member.param.requires_grad)
             member.install(stand_in)
+            stand_in.gathered = None
         self.whole.release()
 
     def start_publish(self) -> Pending:
@@ -142,11 +146,43 @@ class Section:
         return self._versions != self._current_versions()
 
     def adopt_edits(self) -> None:
-        """Take the weights' present values as the master's."""
-        if self.main is not None and not self.main.shares_memory_with(self.weights):
+        """Let the masters follow weights that were written to. Does not communicate."""
+        if self.main is not None:
             source = self.weights.own() if self.main.placement is SHARD else self.weights
-            self.main.data.copy_(source.data)
+            _follow(self.main.data, source.data)
+        for index, master in self.masters.items():
+            if self.is_sharded:
+                raise ShardedAccessError(
+                    f"{self.members[index].name!r} was edited in place, but its whole master is on another rank; "
+                    "edit it inside GatheredParameters(..., modifier_rank=...)"
+                )
+            _follow(master, self.whole.slot(index))
         self._versions = self._current_versions()
+
+    def adopt_slot(self, index: int) -> None:
+        """Keep what was written to the whole tensor `index`, which is the same on every rank."""
+        self.write_slot(index, self.whole.slot(index).reshape(-1))
+        if self.main is not None:
+            _follow(self.main.local(index), self._held(index, self.main))
+        if index in self.masters:
+            _follow(self.masters[index], self.whole.slot(index))
+
+    def write_slot(self, index: int, flat: Tensor) -> None:
+        """Make `flat`, the whole tensor `index` flattened and equal on every rank, the weights' content."""
+        own = self.weights.own() if not self.is_sharded else self.weights
+        part = self.layout.owned(index, own.rank)
+        own.local(index).copy_(flat[part.start : part.stop])
+        if self.whole.data.untyped_storage().nbytes():
+            self.whole.slot(index).copy_(flat.view(self.members[index].param.shape))
+        self._versions = self._current_versions()
+
+    def slot_differs(self, index: int) -> bool:
+        """Whether the whole tensor `index` differs from the shard at rest, on this rank's part."""
+        return not torch.equal(self._held(index, self.weights), self.weights.local(index))
+
+    def _held(self, index: int, buffer: FlatBuffer) -> Tensor:
+        """The part of the whole tensor `index` that `buffer` holds."""
+        return self.whole.at(self.layout.slots[index].span.clip(buffer.range))
 
     def _current_versions(self) -> list[int]:
         if self.is_sharded:
@@ -220,6 +256,13 @@ class Section:
             member.param.data = self.whole.slot(index)
             member.install(member.param)
         self._versions = self._current_versions()
+
+
+def _follow(master: Tensor, weights: Tensor) -> None:
+    """Where `weights` is not what `master` was published as, take it; elsewhere the master keeps its precision."""
+    if master.untyped_storage().data_ptr() != weights.untyped_storage().data_ptr():
+        changed = weights != master.to(weights.dtype)
+        master.copy_(torch.where(changed, weights.to(master.dtype), master))
 
 
 class _Published:

@@ -82,7 +82,8 @@ class ShardedModel:
         """Where `param`, a real parameter or its stand-in, lives; None if it is not of this model."""
         if isinstance(param, ShardedParameter):
             place = self._by_name.get(param.fqn)
-            return place if place is not None and param in place.section.stand_ins else None
+            known = place is not None and any(param is stand_in for stand_in in place.section.stand_ins)
+            return place if known else None
         return self._by_param.get(id(param))
 
     def gradients_of(self, section: Section) -> Gradients | None:

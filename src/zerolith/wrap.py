@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 
-from zerolith.errors import UsageError
 from zerolith.section import Member
 
 
@@ -17,7 +15,7 @@ class WrapPolicy:
     """What makes a module a unit.
 
     unit_classes: names of classes (bare, or with their module) whose instances are units, whatever their size.
-    unit_names, unit_suffixes: paths of such modules, or the paths' endings.
+    unit_names, unit_suffixes, unit_modules: paths of such modules, the paths' endings, the modules themselves.
     min_numel: smaller modules join what encloses them (DeepSpeed's stage3_param_persistence_threshold).
     bucket_numel: a unit's buffers are cut at this many elements (DeepSpeed's reduce_bucket_size).
     """
@@ -25,6 +23,7 @@ class WrapPolicy:
     unit_classes: frozenset[str] = frozenset()
     unit_names: frozenset[str] = frozenset()
     unit_suffixes: tuple[str, ...] = ()
+    unit_modules: frozenset[int] = frozenset()  # ids
     min_numel: int = 100_000
     bucket_numel: int = 500_000_000
 
@@ -38,18 +37,17 @@ class UnitPlan:
     members: list[Member] = field(default_factory=list)
 
 
-def find_members(model: nn.Module) -> list[Member]:
-    """Every parameter once, in the model's order, with all the places that hold it."""
+def find_members(model: nn.Module, member_of: Callable[[str, nn.Parameter], Member]) -> list[Member]:
+    """Every parameter once, in the model's order, made by `member_of`, with all the places that hold it."""
     members: dict[int, Member] = {}
     for path, module in model.named_modules(remove_duplicate=True):
         for attribute, param in module._parameters.items():
             if param is None:
                 continue
-            if type(param) not in (nn.Parameter, torch.Tensor) and not isinstance(param, nn.Parameter):
-                raise UsageError(f"{path}.{attribute} is a {type(param).__name__}, not a parameter")
-            name = f"{path}.{attribute}" if path else attribute
-            member = members.setdefault(id(param), Member(name=name, param=param))
-            member.homes.append((module, attribute))
+            if id(param) not in members:
+                name = f"{path}.{attribute}" if path else attribute
+                members[id(param)] = member_of(name, param)
+            members[id(param)].homes.append((module, attribute))
     return list(members.values())
 
 
@@ -113,7 +111,7 @@ def _is_unit(module: nn.Module, path: str, repeated: Mapping[type, int], policy:
     kind = type(module)
     if kind.__name__ in policy.unit_classes or f"{kind.__module__}.{kind.__qualname__}" in policy.unit_classes:
         return True
-    if path in policy.unit_names or path.endswith(policy.unit_suffixes or ("\n",)):
+    if id(module) in policy.unit_modules or path in policy.unit_names or path.endswith(policy.unit_suffixes or ("\n",)):
         return True
     is_block = repeated.get(kind, 0) > 1
     is_leaf = next(module.children(), None) is None

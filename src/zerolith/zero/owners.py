@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -22,18 +23,21 @@ class Owner:
     sharded: ShardedModel
     optimizer: PartitionedOptimizer | None
     place: Place
+    terms: Callable[[], float]  # by which the gradient sum is divided to give the mean
 
     @property
     def gradients(self) -> Gradients | None:
         return self.sharded.gradients_of(self.place.section)
 
 
+_Known = tuple[PartitionedOptimizer | None, Callable[[], float]]
+
 # Entries go with the parameter or with the engine, whichever is first.
 _SHARDED: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter or stand-in -> weakref to its ShardedModel
-_OPTIMIZERS: weakref.WeakKeyDictionary[ShardedModel, PartitionedOptimizer] = weakref.WeakKeyDictionary()
+_KNOWN: weakref.WeakKeyDictionary[ShardedModel, _Known] = weakref.WeakKeyDictionary()
 
 
-def register(sharded: ShardedModel, optimizer: PartitionedOptimizer | None) -> None:
+def register(sharded: ShardedModel, optimizer: PartitionedOptimizer | None, terms: Callable[[], float]) -> None:
     """Make `owner_of` know every parameter of `sharded`. Raises UsageError if another engine has one of them."""
     tensors = [tensor for section in sharded.sections for tensor in _tensors(section)]
     for tensor in tensors:
@@ -44,8 +48,7 @@ def register(sharded: ShardedModel, optimizer: PartitionedOptimizer | None) -> N
             )
     for tensor in tensors:
         _SHARDED[tensor] = weakref.ref(sharded)
-    if optimizer is not None:
-        _OPTIMIZERS[sharded] = optimizer
+    _KNOWN[sharded] = (optimizer, terms)
 
 
 def forget(sharded: ShardedModel) -> None:
@@ -53,7 +56,7 @@ def forget(sharded: ShardedModel) -> None:
     for section in sharded.sections:
         for tensor in _tensors(section):
             _SHARDED.pop(tensor, None)
-    _OPTIMIZERS.pop(sharded, None)
+    _KNOWN.pop(sharded, None)
 
 
 def owner_of(param: Tensor) -> Owner | None:
@@ -62,8 +65,8 @@ def owner_of(param: Tensor) -> Owner | None:
     sharded = reference() if reference is not None else None
     if sharded is None:
         return None
-    place = sharded.place_of(param)
-    return Owner(sharded, _OPTIMIZERS.get(sharded), place) if place is not None else None
+    place, known = sharded.place_of(param), _KNOWN.get(sharded)
+    return Owner(sharded, known[0], place, known[1]) if place is not None and known is not None else None
 
 
 def _tensors(section: Section) -> list[Tensor]:

@@ -1,0 +1,92 @@
+"""Reading and editing sharded parameters whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zerolith.comm import Comm
+from zerolith.errors import UsageError
+from zerolith.parameter import ShardedParameter
+from zerolith.zero.init import Origin
+from zerolith.zero.owners import Owner, owner_of
+
+
+class GatheredParameters:
+    """Makes parameters whole inside a `with` block; every rank enters and leaves it together.
+
+    params: one parameter or any iterable of them; None and tensors that nobody shards are passed over. Edits made by
+    rank `modifier_rank` are kept, on all ranks and in the masters. Without a modifier rank an edit would be lost:
+    leaving raises UsageError that names the parameters.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor | None] | Tensor | None,
+        modifier_rank: int | None = None,
+        fwd_module: Any = None,  # DeepSpeed's; units know their modules
+        enabled: bool = True,
+    ) -> None:
+        given = [params] if isinstance(params, Tensor) or params is None else list(params)
+        distinct = {id(param): param for param in given if param is not None} if enabled else {}
+        self.modifier_rank = modifier_rank
+        self._owners = [owner for owner in map(owner_of, distinct.values()) if owner is not None]
+        self._origins = [
+            param.origin
+            for param in distinct.values()
+            if isinstance(param, ShardedParameter) and isinstance(param.origin, Origin) and owner_of(param) is None
+        ]
+
+    def __enter__(self) -> None:
+        for owner in self._owners:
+            unit = owner.place.unit
+            unit.uses += 1
+            unit.gather()
+        for origin in self._origins:
+            origin.open()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._keep_edits()
+        finally:
+            for origin in self._origins:
+                origin.close(source=self.modifier_rank)
+            for owner in self._owners:
+                owner.place.unit.uses -= 1
+                if owner.place.unit.uses == 0 and not torch._C._current_graph_task_id() != -1:
+                    owner.place.unit.release()
+
+    @torch.no_grad()
+    def _keep_edits(self) -> None:
+        if self.modifier_rank is None:
+            self._refuse_edits()
+            return
+        for owner in self._owners:
+            place = owner.place
+            whole = place.section.whole.slot(place.index)
+            owner.sharded.comm.broadcast(whole, source=self.modifier_rank, name=f"{place.member.name} edited")
+            place.section.adopt_slot(place.index)
+
+    def _refuse_edits(self) -> None:
+        sharded = [owner for owner in self._owners if owner.place.section.is_sharded]
+        if not sharded:
+            return
+        comm: Comm = sharded[0].sharded.comm
+        edited = [float(owner.place.section.slot_differs(owner.place.index)) for owner in sharded]
+        flags = comm.max(edited, name="edits without a modifier rank")
+        names = [owner.place.member.name for owner, flag in zip(sharded, flags, strict=True) if flag]
+        if names:
+            raise UsageError(
+                f"GatheredParameters: {', '.join(names[:5])} edited, but without modifier_rank the edit would be lost; "
+                "pass modifier_rank=0 to keep what rank 0 wrote"
+            )
+
+
+__all__ = ["GatheredParameters", "Owner"]
