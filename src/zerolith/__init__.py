@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from zerolith import errors, zero
     from zerolith.comm import init_distributed
-    from zerolith.engine import Engine, StepReport
+    from zerolith.engine import Engine
     from zerolith.initialize import add_config_arguments, initialize
+    from zerolith.status import StepReport
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,7 +29,7 @@ __all__ = [
 
 _HOMES = {
     "Engine": "zerolith.engine",
-    "StepReport": "zerolith.engine",
+    "StepReport": "zerolith.status",
     "add_config_arguments": "zerolith.initialize",
     "errors": "",
     "init_distributed": "zerolith.comm",

@@ -60,4 +60,6 @@ def make_loader(
     sampler = MicroBatchSampler(
         len(dataset), micro_batch=micro_batch, rank=rank, num_ranks=num_ranks, drop_last=drop_last
     )
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_fn, pin_memory=torch.cuda.is_available())
+    return DataLoader(
+        dataset, batch_sampler=sampler, collate_fn=collate_fn, pin_memory=torch.cuda.is_available()
+    )

@@ -6,7 +6,7 @@ import logging
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from zerolith.observe import Summary, summarize
 from zerolith.optim import PartitionedOptimizer, ZeroOptimizer, examine
 from zerolith.precision import LossScaler, Precision
 from zerolith.sharded_model import ShardedModel
+from zerolith.status import Status, StepReport
 from zerolith.zero.marks import apply_remembered
 from zerolith.zero.owners import forget, register
 
@@ -27,16 +28,7 @@ logger = logging.getLogger("zerolith")
 CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
-class StepReport(NamedTuple):
-    """What the last optimizer step did."""
-
-    grad_norm: float  # global 2-norm of the mean gradient before clipping; inf if it overflowed
-    skipped: bool  # gradients were not finite on some rank, and no rank stepped
-    loss_scale: float  # that the step's backwards used
-    culprit: str  # the first parameter whose gradient was not finite
-
-
-class Engine(nn.Module):
+class Engine(Status):
     """Trains `module` with its states sharded over the data-parallel ranks.
 
     Every rank makes the same calls in the same order; forward, backward and step communicate. Unknown attributes
@@ -60,7 +52,7 @@ class Engine(nn.Module):
         self.global_steps = 0
         self.global_samples = 0
         self.skipped_steps = 0
-        self.report: StepReport | None = None
+        self.report = None
         self._settings = config
         self._sharded = sharded
         self._precision = precision
@@ -68,14 +60,23 @@ class Engine(nn.Module):
         self._micro = MicroSteps(config.gradient_accumulation_steps or 1)
         self._syncing = True
         self._in_backward = False
-        self._managed = False  # the backward under way is engine.backward's, or of a loss that scale() has seen
+        self._managed = (
+            False  # the backward under way is engine.backward's, or of a loss that scale() has seen
+        )
+        self._applied = False
         self._destroyed = False
-        self._partitioned = PartitionedOptimizer(optimizer, sharded.gradients, sharded.comm) if optimizer else None
+        self._partitioned = (
+            PartitionedOptimizer(optimizer, sharded.gradients, sharded.comm) if optimizer else None
+        )
         self.basic_optimizer = optimizer
         this = weakref.ref(self)  # hooks must not keep a dropped engine alive
-        self.optimizer: Any = self._facade(optimizer, this) if optimizer else None
         sharded.reducer.before_first = lambda: _call(this, Engine._on_backward)
-        self._handle = module.register_forward_hook(lambda *call: _watch_output(this, call[-1]))
+        sharded.gatherer.begin_backward()  # a call counts as seen by backward 0, so the first one is number 1
+        self._handles = [module.register_forward_hook(lambda *call: _watch_output(this, call[-1]))]
+        self.optimizer = None
+        if optimizer is not None:
+            self._handles.append(optimizer.register_step_pre_hook(lambda *_: _refuse_outside(this)))
+            self.optimizer = ZeroOptimizer(optimizer, step=self.step, zero_grad=self.zero_grad)
         register(sharded, self._partitioned, lambda: _terms(this))
         apply_remembered(module)
 
@@ -83,16 +84,12 @@ class Engine(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module returns for these arguments."""
-        self._check_alive()
-        if self._in_backward:
-            raise UsageError(
-                "the last backward did not finish, so gradients are incomplete; after an exception call engine.reset()"
-            )
+        self._check_ready()
         if torch.is_grad_enabled():
             self._micro.forward_begun()
             self._sharded.check_frozen()
         if self._settings.fp16.auto_cast and self._precision.compute is not None:
-            args = tuple(self._cast(arg) for arg in args)
+            args, kwargs = torch.utils._pytree.tree_map_only(Tensor, self._cast, (args, kwargs))
         with self._autocast():
             return self.module(*args, **kwargs)
 
@@ -103,13 +100,17 @@ class Engine(nn.Module):
         `scale_wrt_gas=False` if the loss is divided by the number of micro-batches already. Collective where
         gradients are reduced at this micro-batch.
         """
-        self._check_alive()
+        self._check_ready()
         if self._partitioned is None:
-            raise UsageError("backward() needs an optimizer; pass one to initialize or name one in the config")
+            raise UsageError(
+                "backward() needs an optimizer; pass one to initialize or name one in the config"
+            )
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise UsageError(f"backward() takes a loss of one element, not {_describe(loss)}")
         if not loss.requires_grad:
-            raise UsageError("the loss does not depend on any trainable parameter (it has requires_grad=False)")
+            raise UsageError(
+                "the loss does not depend on any trainable parameter (it has requires_grad=False)"
+            )
         steps = self._micro.per_step
         # The mean over micro-batches is taken once, at the step. A loss that is divided already is multiplied back.
         scaled = loss * (self._scaler.scale * (1 if scale_wrt_gas else steps))
@@ -121,6 +122,7 @@ class Engine(nn.Module):
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss times the loss scale, for clients that call `.backward()` on it themselves."""
+        self._check_alive()
         self._managed = True
         return loss * self._scaler.scale
 
@@ -130,6 +132,7 @@ class Engine(nn.Module):
 
         Works at every stage, at the cost of one whole gradient in the accumulation dtype per rank.
         """
+        self._check_alive()
         self._syncing = False
         try:
             yield
@@ -152,14 +155,14 @@ class Engine(nn.Module):
         Collective at boundaries. Raises UsageError without a backward since the last step, and ScaleError if the
         dynamic loss scale is exhausted.
         """
-        self._check_alive()
+        self._check_ready()
         if self._partitioned is None:
             raise UsageError("step() needs an optimizer; pass one to initialize or name one in the config")
-        if self._in_backward:
-            raise UsageError("the last backward did not finish; after an exception call engine.reset()")
+        self._applied = False
         if not self._micro.take_step():
             return
         self.report = self._update(self._partitioned)
+        self._applied = not self.report.skipped
         self.global_steps += 1
         self.global_samples += self._settings.train_batch_size or 0
         if self.report.skipped:
@@ -190,16 +193,12 @@ class Engine(nn.Module):
         report = StepReport(norm, skip, scale, facts.culprit)
         self._tell(report)
         self._scaler.update(overflow=facts.overflow, cause=facts.culprit)
-        if self.optimizer is not None:
-            self.optimizer.overflow, self.optimizer.loss_scale = skip, self._scaler.scale
+        self.optimizer.stepped(skipped=skip, loss_scale=self._scaler.scale)
         return report
-
-    def was_step_applied(self) -> bool:
-        """Whether the last boundary step changed the weights."""
-        return self.report is not None and not self.report.skipped
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop what has been accumulated since the last step. step() does so by itself."""
+        self._check_alive()
         if not self._in_backward and self._micro.since_step:
             self._sharded.reducer.reset()
             self._micro.drop()
@@ -209,84 +208,12 @@ class Engine(nn.Module):
 
         Every rank calls it. Gradients since the last step are dropped; weights and optimizer states stay.
         """
+        self._check_alive()
         self._in_backward = self._managed = False
         self._sharded.reset()
         self._micro.drop()
 
-    # What clients ask
-
-    def get_global_grad_norm(self) -> float | None:
-        """2-norm of the mean gradient before clipping, of the last boundary step; None before the first."""
-        return None if self.report is None else self.report.grad_norm
-
-    def get_lr(self) -> list[float]:
-        return [group["lr"] for group in self.optimizer.param_groups] if self.optimizer is not None else []
-
-    def get_mom(self) -> list[Any]:
-        """Betas or momentum of each param group."""
-        groups = self.optimizer.param_groups if self.optimizer is not None else []
-        return [group.get("betas", group.get("momentum")) for group in groups]
-
-    def train_batch_size(self) -> int:
-        return self._settings.train_batch_size or 0
-
-    def train_micro_batch_size_per_gpu(self) -> int:
-        return self._settings.train_micro_batch_size_per_gpu or 0
-
-    def gradient_accumulation_steps(self) -> int:
-        return self._micro.per_step
-
-    def gradient_clipping(self) -> float:
-        return self._settings.gradient_clipping
-
-    def zero_optimization(self) -> bool:
-        return self._settings.zero_optimization.stage > 0
-
-    def zero_optimization_stage(self) -> int:
-        return self._settings.zero_optimization.stage
-
-    def zero_optimization_partition_gradients(self) -> bool:
-        return self._settings.zero_optimization.stage >= 2
-
-    def zero_optimization_partition_weights(self) -> bool:
-        return self._settings.zero_optimization.stage >= 3
-
-    def fp16_enabled(self) -> bool:
-        return self._settings.fp16.enabled
-
-    def bfloat16_enabled(self) -> bool:
-        return self._settings.bf16.enabled
-
-    def dynamic_loss_scale(self) -> bool:
-        return self._scaler.dynamic
-
-    def loss_scale(self) -> float:
-        return self._scaler.scale
-
-    @property
-    def micro_steps(self) -> int:
-        """Backwards so far."""
-        return self._micro.total
-
-    @property
-    def device(self) -> torch.device:
-        return self._sharded.comm.device
-
-    @property
-    def global_rank(self) -> int:
-        return self._sharded.comm.rank
-
-    @property
-    def local_rank(self) -> int:
-        return self.device.index or 0
-
-    @property
-    def world_size(self) -> int:
-        return self._sharded.comm.size
-
-    @property
-    def dp_world_size(self) -> int:
-        return self._sharded.comm.size
+    # Its end
 
     def summary(self) -> Summary:
         """What is sharded, bytes per rank and planned traffic. Does not communicate."""
@@ -297,15 +224,15 @@ class Engine(nn.Module):
         if self._destroyed:
             return
         self._destroyed = True
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         self._sharded.detach()
         forget(self._sharded)
         self._sharded.comm.pool.clear()
         if self._partitioned is not None:
-            self._partitioned.inner.state.clear()
-            for group in self._partitioned.inner.param_groups:
-                group["params"] = []
+            self._partitioned.let_go()
         self._partitioned = self.optimizer = self.basic_optimizer = self.lr_scheduler = None
+        self.training_dataloader = None
         self._sharded.gradients.clear()
         self._sharded.reducer.gradients.clear()
         for section in self._sharded.sections:
@@ -316,7 +243,7 @@ class Engine(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            module = self.__dict__.get("_modules", {}).get("module")
+            module = self._modules.get("module") if "_modules" in self.__dict__ else None
             if module is None or name.startswith("_"):
                 raise
             return getattr(module, name)
@@ -325,6 +252,7 @@ class Engine(nn.Module):
 
     def _enter_backward(self) -> None:
         self._in_backward = True
+        self._micro.backward_begun()
         partitioning = self._sharded.plan.partitioning
         resting = partitioning.rests_partial and not self._micro.is_boundary()
         self._sharded.gatherer.begin_backward()
@@ -365,13 +293,19 @@ class Engine(nn.Module):
         dtype = self._precision.autocast
         return torch.autocast(self.device.type, dtype=dtype) if dtype is not None else nullcontext()
 
-    def _cast(self, value: Any) -> Any:  # any argument of the module; only floating-point tensors change
-        is_float = isinstance(value, Tensor) and value.is_floating_point()
-        return value.to(self._precision.compute) if is_float else value
+    def _cast(self, value: Tensor) -> Tensor:
+        return value.to(self._precision.compute) if value.is_floating_point() else value
 
     def _check_alive(self) -> None:
         if self._destroyed:
             raise UsageError("this engine was destroyed; make a new one with zerolith.initialize")
+
+    def _check_ready(self) -> None:
+        self._check_alive()
+        if self._in_backward:
+            raise UsageError(
+                "the last backward did not finish, so gradients are incomplete; after an exception call engine.reset()"
+            )
 
     def _tell(self, report: StepReport) -> None:
         if report.skipped and self.global_rank == 0:
@@ -392,15 +326,6 @@ class Engine(nn.Module):
                 self.get_global_grad_norm(),
                 self.skipped_steps,
             )
-
-    @staticmethod
-    def _facade(optimizer: Optimizer, this: weakref.ref[Engine]) -> ZeroOptimizer:
-        optimizer.register_step_pre_hook(lambda *_: _refuse_outside(this))
-        return ZeroOptimizer(
-            optimizer,
-            step=lambda: _call(this, Engine.step),
-            zero_grad=lambda: _call(this, Engine.zero_grad),
-        )
 
 
 def _call(this: weakref.ref[Engine], method: Any) -> None:  # an Engine method without arguments
@@ -433,4 +358,8 @@ def _watch_output(this: weakref.ref[Engine], output: Any) -> None:
 
 
 def _describe(value: object) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    return (
+        f"a tensor of shape {tuple(value.shape)}"
+        if isinstance(value, Tensor)
+        else f"a {type(value).__name__}"
+    )

@@ -19,6 +19,7 @@ from zerolith.config import Config, load_config, resolve_batch
 from zerolith.data import make_loader
 from zerolith.engine import Engine
 from zerolith.errors import ConfigError, OptimizerError, UsageError, ZerolithError
+from zerolith.memory import keep_freed_pages
 from zerolith.optim import build_optimizer, build_scheduler, granularity_of
 from zerolith.parameter import ShardedParameter
 from zerolith.partitioning import Partitioning
@@ -69,6 +70,8 @@ def initialize(
     if dist_init_required is not False:
         init_distributed(**({"timeout": timeout} if timeout else {}))
     comm = default_comm()
+    if comm.device.type == "cpu":
+        keep_freed_pages()
     inputs, error = None, None
     try:
         inputs = _check(args, model, optimizer, model_parameters, _only_one(args, config, config_params), comm)

@@ -121,7 +121,8 @@ def plan_layout(shapes: Sequence[Sequence[int]], *, num_shards: int, groups: Seq
         slot = Slot(shape=tuple(shape), start=cursor, group=groups[index] if groups else -1)
         slots.append(slot)
         cursor = slot.padded.stop
-    shard_numel = _round_up(-(-cursor // num_shards), BLOCK)
+    # At least a block each: no buffer is empty, not even one of tensors without elements.
+    shard_numel = _round_up(max(-(-cursor // num_shards), 1), BLOCK)
     return Layout(slots=tuple(slots), shard_numel=shard_numel, num_shards=num_shards)
 
 

@@ -12,37 +12,47 @@ class MicroSteps:
         self.per_step = per_step
         self.total = 0  # backwards so far
         self.since_step = 0  # backwards since the last optimizer step
-        self.after_backward = False  # a backward is over and neither step() nor a new forward has come
+        self.after_backward = (
+            False  # a backward is over, and neither step() nor a forward nor another has begun
+        )
+        self.asked = False  # step() has been called since the last backward
         self.manual: bool | None = None  # set by set_gradient_accumulation_boundary
 
     def is_boundary(self) -> bool:
         """Whether the micro-batch at hand, or the one just done, completes an optimizer step."""
-        if self.manual is not None:
-            return self.manual
-        current = self.total if self.after_backward else self.total + 1
-        return current % self.per_step == 0
+        return self._completes(self.total if self.after_backward else self.total + 1)
+
+    def forward_begun(self) -> None:
+        self.after_backward = False
+
+    def backward_begun(self) -> None:
+        self.after_backward = False
 
     def backward_done(self) -> None:
         self.total += 1
         self.since_step += 1
         self.after_backward = True
-
-    def forward_begun(self) -> None:
-        self.after_backward = False
+        self.asked = False
 
     def take_step(self) -> bool:
         """Whether step() must update now. Raises UsageError if there is nothing to step with."""
-        if self.since_step == 0:
-            raise UsageError("step() without a backward since the last step; call engine.backward(loss) first")
-        if not self.is_boundary():
-            self.after_backward = False
-            return False
+        # Forwards may have run since the last backward; step() is about what that one left.
+        due = self._completes(self.total)
+        if self.since_step == 0 or (self.asked and not self.manual):
+            raise UsageError(
+                "step() without a backward since the last step(); call engine.backward(loss) first"
+            )
+        self.asked = True
         self.after_backward = False
-        self.since_step = 0
-        return True
+        if due:
+            self.since_step = 0
+        return due
 
     def drop(self) -> None:
         """Forget the micro-batches since the last step; the next one starts a new accumulation."""
         self.total -= self.total % self.per_step if self.manual is None else 0
         self.since_step = 0
         self.after_backward = False
+
+    def _completes(self, number: int) -> bool:
+        return self.manual if self.manual is not None else number % self.per_step == 0

@@ -37,32 +37,38 @@ class Order:
 class Sequencer:
     """Lets items go in one fixed order, whatever the order in which they become ready.
 
-    Ranks must issue collectives in the same order. An item that is ready early waits for those before it.
+    Ranks must issue collectives in the same order. An item that is ready early waits for those before it. The
+    order is 0, 1, 2, ... until `follow` sets another.
     """
 
     def __init__(self, size: int) -> None:
-        self.size = size
-        self._next = 0
-        self._ready: set[int] = set()
+        self.order = list(range(size))
+        self._gone = 0  # how many of `order`
+        self._ready: dict[int, None] = {}  # a set that keeps the order of insertion
 
     def ready(self, item: int) -> list[int]:
         """Mark `item`; returns the items that may go now, in order."""
-        self._ready.add(item)
-        released = []
-        while self._next in self._ready:
-            released.append(self._next)
-            self._next += 1
-        return released
+        self._ready.setdefault(item)
+        start = self._gone
+        while self._gone < len(self.order) and self.order[self._gone] in self._ready:
+            self._gone += 1
+        return self.order[start : self._gone]
 
     def rest(self) -> list[int]:
         """The items that have not gone yet, in order; they count as gone."""
-        left = list(range(self._next, self.size))
-        self._next = self.size
+        left = self.order[self._gone :]
+        self._gone = len(self.order)
         return left
 
-    def restart(self) -> None:
-        self._next = 0
-        self._ready.clear()
+    def observed(self) -> list[int]:
+        """All items as they became ready in this pass; those that never did come last."""
+        return list(self._ready) + [item for item in self.order if item not in self._ready]
 
-    def has_gone(self, item: int) -> bool:
-        return item < self._next
+    def follow(self, order: list[int]) -> None:
+        """Use `order`, a permutation, from the next pass on."""
+        self.order = list(order)
+        self._gone = len(order)
+
+    def restart(self) -> None:
+        self._gone = 0
+        self._ready.clear()

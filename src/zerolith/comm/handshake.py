@@ -20,7 +20,9 @@ def agree(comm: Comm, error: ZerolithError | None, *, doing: str) -> None:
     if error is not None:
         raise error
     failed = {rank: text.decode() for rank, text in enumerate(texts) if text}
-    raise HandshakeError(f"{doing}: " + "; ".join(f"rank {rank} failed: {text}" for rank, text in failed.items()))
+    raise HandshakeError(
+        f"{doing}: " + "; ".join(f"rank {rank} failed: {text}" for rank, text in failed.items())
+    )
 
 
 def handshake(comm: Comm, facts: Mapping[str, str]) -> None:
@@ -45,6 +47,8 @@ def _diff(rows: list[str], *, limit: int = 5) -> str:
     for name in names:
         values = [table.get(name, "(missing)") for table in tables]
         if len(set(values)) > 1:
-            lines.append(f"{name}: " + ", ".join(f"rank {rank} has {value}" for rank, value in enumerate(values)))
+            lines.append(
+                f"{name}: " + ", ".join(f"rank {rank} has {value}" for rank, value in enumerate(values))
+            )
     more = f"; and {len(lines) - limit} more" if len(lines) > limit else ""
     return "; ".join(lines[:limit]) + more

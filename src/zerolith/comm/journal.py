@@ -56,7 +56,10 @@ class Journal:
         """The first place where the ranks' latest entries part, one line a rank."""
         longest = max(len(entries) for entries in others.values())
         for index in range(longest):
-            lines = {rank: entries[index] if index < len(entries) else "(nothing)" for rank, entries in others.items()}
+            lines = {
+                rank: entries[index] if index < len(entries) else "(nothing)"
+                for rank, entries in others.items()
+            }
             if len(set(lines.values())) > 1:
                 return "; ".join(f"rank {rank}: {line}" for rank, line in lines.items())
         return "the difference is older than the entries that were kept"

@@ -65,7 +65,11 @@ def init_distributed(
 
 def default_comm(*, reproducible: bool = False) -> Comm:
     """All ranks of the default process group, or one rank if there is none."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
     group = dist.group.WORLD if is_distributed() else None
     return Comm(group, device, reproducible=reproducible)
 
@@ -84,7 +88,13 @@ def _loopback_store(port: int, *, rank: int, world_size: int, timeout: timedelta
     listener.listen(world_size)
     descriptor = listener.detach()  # the store owns it from here on
     return dist.TCPStore(
-        "127.0.0.1", port, world_size, is_master=True, timeout=timeout, master_listen_fd=descriptor, use_libuv=False
+        "127.0.0.1",
+        port,
+        world_size,
+        is_master=True,
+        timeout=timeout,
+        master_listen_fd=descriptor,
+        use_libuv=False,
     )
 
 

@@ -14,23 +14,32 @@ from torch.optim.lr_scheduler import LRScheduler
 from zerolith.errors import ConfigError
 
 FUSED = ("Adam", "AdamW", "SGD", "Adagrad")  # torch has one fused pass for these, on CPU and CUDA
-DEEPSPEED_ONLY = ("torch_adam", "adam_w_mode", "bias_correction")
+ADAM_ONLY = ("torch_adam", "adam_w_mode", "bias_correction")  # DeepSpeed's own parameters of Adam and AdamW
 
 
 def build_optimizer(kind: str, params: Mapping[str, Any], groups: Iterable[Any]) -> Optimizer:
     """The torch optimizer named `kind` (any case) over `groups` (tensors or group dicts).
 
-    As in DeepSpeed, "Adam" decouples the weight decay (AdamW) unless `adam_w_mode` is false. The fused
-    implementation is used where torch has one. Raises ConfigError with the nearest right name.
+    As in DeepSpeed, "Adam" decouples the weight decay (AdamW) unless `adam_w_mode` is false, and neither decays
+    unless told. The fused implementation is used where torch has one. Raises ConfigError with the nearest right name.
     """
     table = {name.lower(): name for name in dir(torch.optim) if _is_optimizer(getattr(torch.optim, name))}
     name = table.get(kind.lower())
     if name is None:
-        raise ConfigError(f"optimizer.type: {kind!r} is not an optimizer of torch.optim{_nearest(kind, table.values())}")
-    options = {key: value for key, value in params.items() if key not in DEEPSPEED_ONLY}
-    if name == "Adam" and params.get("adam_w_mode", True):
-        name = "AdamW"
-        options.setdefault("weight_decay", 0.0)
+        raise ConfigError(
+            f"optimizer.type: {kind!r} is not an optimizer of torch.optim{_nearest(kind, table.values())}"
+        )
+    options = dict(params)
+    if name in ("Adam", "AdamW"):
+        if not params.get("bias_correction", True):
+            raise ConfigError(
+                f"optimizer.params.bias_correction: torch.optim.{name} always corrects the bias; leave it out"
+            )
+        decoupled = name == "AdamW" or params.get("adam_w_mode", True)
+        name = "AdamW" if decoupled else "Adam"
+        options = {"weight_decay": 0.0} | {
+            key: value for key, value in params.items() if key not in ADAM_ONLY
+        }
     if name in FUSED and not {"fused", "foreach", "differentiable"} & options.keys():
         options["fused"] = True
     return _construct(getattr(torch.optim, name), groups, options, "optimizer.params")  # type: ignore[no-any-return]
@@ -41,7 +50,9 @@ def build_scheduler(kind: str, params: Mapping[str, Any], optimizer: Optimizer) 
     schedulers = torch.optim.lr_scheduler
     names = [name for name in dir(schedulers) if _is_scheduler(getattr(schedulers, name))]
     if kind not in names:
-        raise ConfigError(f"scheduler.type: {kind!r} is not in torch.optim.lr_scheduler{_nearest(kind, names)}")
+        raise ConfigError(
+            f"scheduler.type: {kind!r} is not in torch.optim.lr_scheduler{_nearest(kind, names)}"
+        )
     return _construct(getattr(schedulers, kind), optimizer, params, "scheduler.params")  # type: ignore[no-any-return]
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from zerolith.errors import UsageError
+
 
 class ZeroOptimizer(Optimizer):
     """Stands for `optimizer`, the client's or configured one, whose groups and state it shares.
@@ -14,7 +16,9 @@ class ZeroOptimizer(Optimizer):
     `step()` is the engine's step, `zero_grad()` the engine's. Schedulers may be built on it or on `optimizer`.
     """
 
-    def __init__(self, optimizer: Optimizer, *, step: Callable[[], None], zero_grad: Callable[[], None]) -> None:
+    def __init__(
+        self, optimizer: Optimizer, *, step: Callable[[], None], zero_grad: Callable[[], None]
+    ) -> None:
         # Not super().__init__: groups and state are the client's own objects and stay in its hands.
         self.optimizer = optimizer
         self.defaults = optimizer.defaults
@@ -38,12 +42,18 @@ class ZeroOptimizer(Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # closures are refused, not called
         """One engine step. Collective."""
         if closure is not None:
-            raise TypeError("ZeroOptimizer.step takes no closure: run engine.backward(loss) first, then step()")
+            raise UsageError("step() takes no closure: run engine.backward(loss) first, then step()")
         self._step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop what has been accumulated since the last step. step() does so by itself."""
         self._zero_grad()
+
+    def stepped(self, *, skipped: bool, loss_scale: float) -> None:
+        """Learn how the engine's step went."""
+        self.overflow, self.loss_scale = skipped, loss_scale
+        # Where a scheduler looks for whether it comes after a step, as torch wants it to; ours may not be step()'s.
+        self._opt_called = True
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the optimizer's state, in torch's form."""
@@ -54,7 +64,9 @@ class ZeroOptimizer(Optimizer):
         self.optimizer.load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        raise TypeError("parameter groups are fixed once initialize has sharded them; add the group before it")
+        raise UsageError(
+            "parameter groups are fixed once initialize has sharded them; add the group before it"
+        )
 
     def __repr__(self) -> str:
         return f"ZeroOptimizer({self.optimizer!r})"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +20,15 @@ REFUSED = {
     "LBFGS": "it calls the model again within one step (a closure) and mixes all parameters; train with another",
     "SparseAdam": "gradients are dense here; use Adam",
 }
+TRIAL_LR = 0.1  # large enough that no step is lost in rounding; the client's may be 0 while it warms up
 
 
 def granularity_of(optimizer: Optimizer) -> Granularity:
     """ELEMENT or TENSOR.
 
     A class outside torch.optim may say so itself by an attribute `granularity = "tensor"` (or "element");
-    otherwise three steps on small tensors show it. Does not communicate. Raises OptimizerError if the optimizer
-    mixes different parameters, which no sharding can reproduce.
+    otherwise a few steps on small tensors, with the options of each param group, show it. Does not communicate.
+    Raises OptimizerError if the optimizer mixes different parameters, which no sharding can reproduce.
     """
     kind = type(optimizer)
     if kind.__module__.startswith("torch.optim"):
@@ -36,33 +38,54 @@ def granularity_of(optimizer: Optimizer) -> Granularity:
             return Granularity.TENSOR if kind.__name__ in WHOLE else Granularity.ELEMENT
     said = getattr(optimizer, "granularity", None)
     if said is not None:
-        return Granularity(said)
-    return _try_out(optimizer)
+        try:
+            return Granularity(said)
+        except ValueError:
+            raise OptimizerError(
+                f"{kind.__name__}.granularity is {said!r}; it must be 'element' or 'tensor'"
+            ) from None
+    found = {_try_out(optimizer, options) for options in _distinct_options(optimizer)}
+    return Granularity.ELEMENT if found <= {Granularity.ELEMENT} else Granularity.TENSOR
 
 
-def _try_out(optimizer: Optimizer) -> Granularity:
+def _distinct_options(optimizer: Optimizer) -> list[dict[str, Any]]:  # any option of any optimizer
+    """The param groups' options, each combination once; learning rates do not count."""
+    found: dict[str, dict[str, Any]] = {}
+    for group in optimizer.param_groups:
+        options = {name: value for name, value in group.items() if name not in ("params", "param_names")}
+        lr = options.get("lr")
+        if lr is not None:
+            options["lr"] = torch.full_like(lr, TRIAL_LR) if isinstance(lr, Tensor) else TRIAL_LR
+        found.setdefault(repr({**options, "initial_lr": None, "lr": None}), options)
+    return list(found.values())
+
+
+def _try_out(optimizer: Optimizer, options: Mapping[str, Any]) -> Granularity:
     generator = torch.Generator().manual_seed(0)
     first, second = (torch.randn(shape, generator=generator) for shape in ((4, 6), (6, 4)))
-    together = _train(optimizer, [first, second])
+    together = _train(optimizer, options, [first, second])
     if together is None:
         return Granularity.TENSOR  # it refuses even plain matrices; its owner rank will show its own message
-    alone = _train(optimizer, [first])
+    alone = _train(optimizer, options, [first])
     if alone is None or not torch.equal(alone[0], together[0]):
         raise OptimizerError(
             f"{type(optimizer).__name__} steps a parameter differently when others are there, so ranks that hold "
             "different shards would drift apart. Give its class the attribute granularity = 'tensor' if you know better."
         )
-    halves = _train(optimizer, [*first.view(-1).split(12), second])
-    same = halves is not None and torch.allclose(torch.cat(halves[:2]), together[0].view(-1), rtol=1e-5, atol=1e-7)
+    halves = _train(optimizer, options, [*first.view(-1).split(12), second])
+    same = halves is not None and torch.allclose(
+        torch.cat(halves[:2]), together[0].view(-1), rtol=1e-5, atol=1e-7
+    )
     return Granularity.ELEMENT if same else Granularity.TENSOR
 
 
-def _train(optimizer: Optimizer, tensors: Sequence[Tensor]) -> list[Tensor] | None:
+def _train(
+    optimizer: Optimizer, options: Mapping[str, Any], tensors: Sequence[Tensor]
+) -> list[Tensor] | None:
     """The tensors after three steps of a copy of `optimizer`; None if it does not take them."""
     params = [nn.Parameter(tensor.clone()) for tensor in tensors]
-    clone = copy.copy(optimizer)
-    clone.state = defaultdict(dict)
-    clone.param_groups = [{**optimizer.param_groups[0], "params": params}]
+    clone = _clone(optimizer)
+    clone.param_groups = [{**options, "params": params}]
     try:
         for step in range(1, 4):
             for param in params:
@@ -72,3 +95,13 @@ def _train(optimizer: Optimizer, tensors: Sequence[Tensor]) -> list[Tensor] | No
     except Exception:  # whatever a third-party optimizer raises means the same: it does not take these
         return None
     return [param.detach() for param in params]
+
+
+def _clone(optimizer: Optimizer) -> Optimizer:
+    """A copy with all attributes, those that torch's own copying leaves out too, but without state and hooks."""
+    clone: Optimizer = object.__new__(type(optimizer))
+    for name, value in vars(optimizer).items():
+        own = copy.copy(value) if isinstance(value, (dict, list, set)) else value
+        clone.__dict__[name] = OrderedDict() if name.endswith("_hooks") else own
+    clone.state = defaultdict(dict)
+    return clone

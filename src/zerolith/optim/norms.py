@@ -54,9 +54,16 @@ def examine(gradients: Sequence[Gradients], comm: Comm, *, fingerprint: bool) ->
 
 
 def _block_squares(own: Gradients) -> Tensor:
-    """(blocks of this rank's shard,) fp64: the sum of squares of each block."""
+    """(blocks of this rank's shard,) fp64: the sum of squares of each block; inf where one is not finite."""
     shard = own.sum.own().data.view(-1, BLOCK)
-    return torch.linalg.vector_norm(shard, dim=1).double().square_().nan_to_num_(nan=math.inf)
+    dtype = torch.promote_types(shard.dtype, torch.float32)
+    squares = torch.linalg.vector_norm(shard, dim=1, dtype=dtype).double().square_()
+    beyond = ~torch.isfinite(squares)  # fp32 has no room for the squares of numbers from 1e19 on
+    if beyond.any():
+        squares[beyond] = (
+            shard[beyond].double().square_().sum(dim=1).nan_to_num_(nan=math.inf, posinf=math.inf)
+        )
+    return squares
 
 
 def _exact_parts(squares: Sequence[Tensor], largest: float, blocks: int) -> list[float]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zerolith.comm import Comm
+from zerolith.errors import OptimizerError
 from zerolith.gradients import Gradients
 from zerolith.layout import Range
 from zerolith.optim.exchange import WholeTensors
@@ -46,6 +47,7 @@ class PartitionedOptimizer:
         self.pieces: list[Piece] = []
         self.whole: list[tuple[Gradients, WholeTensors]] = []
         self.is_stepping = False
+        self._given = [group["params"] for group in inner.param_groups]
         for own in self.gradients:
             if own.section.main is None:
                 self.whole.append((own, WholeTensors(own.section, comm)))
@@ -61,7 +63,9 @@ class PartitionedOptimizer:
         momentum and its own step count. Collective where whole tensors are exchanged.
         """
         by_section = {id(own): flags for own, flags in zip(self.gradients, used, strict=True)}
-        self.pieces = [part for piece in self.pieces for part in self._by_use(piece, by_section[id(piece.gradients)])]
+        self.pieces = [
+            part for piece in self.pieces for part in self._by_use(piece, by_section[id(piece.gradients)])
+        ]
         self._hand_over()
         for own, tensors in self.whole:
             self._set_whole_grads(own, tensors, by_section[id(own)])
@@ -84,6 +88,15 @@ class PartitionedOptimizer:
             if other is own and index in tensors.params:
                 whole = Range(0, slot.numel)
                 yield tensors.params[index], whole, whole
+
+    def let_go(self) -> None:
+        """Give the optimizer back as it came: over the client's tensors, without state."""
+        self.inner.state.clear()
+        for group, params in zip(self.inner.param_groups, self._given, strict=True):
+            group["params"] = params
+        self.pieces.clear()
+        self.whole.clear()
+        self.gradients.clear()
 
     def _step_inner(self) -> None:
         self.is_stepping = True
@@ -148,6 +161,11 @@ class PartitionedOptimizer:
         return part
 
     def _hand_over(self) -> None:
+        if len(self.inner.param_groups) != len(self._given):
+            raise OptimizerError(
+                f"the optimizer has {len(self.inner.param_groups)} param groups and had {len(self._given)} when "
+                "initialize sharded them; add groups before it"
+            )
         params: list[list[Tensor]] = [[] for _ in self.inner.param_groups]
         for piece in self.pieces:
             params[piece.group].append(piece.param)
@@ -156,9 +174,3 @@ class PartitionedOptimizer:
                 params[own.section.layout.slots[index].group].append(param)
         for group, own_params in zip(self.inner.param_groups, params, strict=True):
             group["params"] = own_params
-
-
-@torch.no_grad()
-def initial_state_is_empty(optimizer: Optimizer) -> bool:
-    """Whether the optimizer has not stepped yet."""
-    return not any(optimizer.state.values())

@@ -1,0 +1,5 @@
+"""Where buffers live. Device memory is torch's; host memory is kept in hand here."""
+
+from zerolith.memory.host import keep_freed_pages
+
+__all__ = ["keep_freed_pages"]

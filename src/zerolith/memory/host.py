@@ -1,0 +1,27 @@
+"""Host memory for training on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+LARGEST = 2**31 - 1
+USER_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
+
+
+def keep_freed_pages() -> bool:
+    """Let this process keep the pages of freed tensors for the next ones; returns whether it could.
+
+    glibc gives large blocks back to the kernel at every free, and the next tensor of that size pays for fresh pages:
+    first touch of 28 MB cost 50 ms against 6 ms for a copy into pages at hand (2 cores, Linux 6.18), at every gather
+    and every activation. A training step frees and allocates the same sizes again and again, so its peak does not
+    rise. Settings that the user made by environment variables stand. Elsewhere than on glibc it does nothing.
+    """
+    if any(name in os.environ for name in USER_SETTINGS):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return False
+    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST)) and bool(mallopt(M_TRIM_THRESHOLD, LARGEST))
