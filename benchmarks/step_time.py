@@ -6,6 +6,7 @@ python -m benchmarks.step_time --engines ddp,zero1,zero3 --size 25m --dtype bf16
 from __future__ import annotations
 
 import argparse
+import shutil
 import signal
 import sys
 import tempfile
@@ -92,9 +93,13 @@ def make_job(arguments: argparse.Namespace, engine: str) -> Job:
 
 
 def make_host(arguments: argparse.Namespace, logs: Path) -> Host:
+    deepspeed_python = shutil.which(arguments.deepspeed_python)
+    if deepspeed_python is None:
+        raise SystemExit(f"--deepspeed-python {arguments.deepspeed_python!r} is not a program.")
     return Host(
         world=arguments.world,
-        pythons={"": sys.executable, "deepspeed": arguments.deepspeed_python},
+        # Not resolved: a virtual environment's python is a link to another's.
+        pythons={"": sys.executable, "deepspeed": str(Path(deepspeed_python).absolute())},
         threads=arguments.threads,
         logs=logs,
         deadline=time.monotonic() + 60 * arguments.max_minutes,

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo  # torch.optim would load it in every forked rank anew, for seconds
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import zerolith
+
+zerolith.initialize  # noqa: B018  # loaded now, for the same reason
 
 
 class Block(nn.Module):
@@ -95,3 +101,83 @@ def zero_config(stage: int, **overrides: Any) -> dict[str, Any]:
     config["zero_optimization"].update(zero)
     config.update(overrides)
     return config
+
+
+class Trained(NamedTuple):
+    """What a training by an engine gave on this rank."""
+
+    losses: list[float]
+    norms: list[float]  # of the mean gradient, before clipping
+    weights: dict[str, Tensor]
+
+
+def train_zero(
+    model: nn.Module,
+    data: Tensor,
+    config: dict[str, Any],
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
+) -> Trained:
+    """Train a copy of `model` on global batches, one optimizer step each. Collective."""
+    engine = start_engine(model, config, make_optimizer)
+    losses, norms = [], []
+    for batch in data:
+        for piece in my_pieces(batch, engine):
+            loss = engine(piece)
+            losses.append(loss.item())
+            engine.backward(loss)
+            engine.step()
+        norms.append(engine.get_global_grad_norm())
+    weights = whole_weights(engine)
+    engine.destroy()
+    return Trained(losses, norms, weights)
+
+
+def start_engine(
+    model: nn.Module,
+    config: dict[str, Any],
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
+) -> Any:  # an Engine; typed Any since tests also look inside
+    """An engine for a copy of `model`."""
+    model = copy.deepcopy(model)
+    optimizer = make_optimizer(model) if make_optimizer is not None else None
+    return zerolith.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def my_pieces(batch: Tensor, engine: Any) -> Iterator[Tensor]:
+    """This rank's micro-batches of a global batch: number g * ranks + r is rank r's at accumulation step g."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    yield from batch.split(engine.train_micro_batch_size_per_gpu())[rank::world]
+
+
+def whole_weights(engine: Any) -> dict[str, Tensor]:
+    """Every parameter whole, whatever the stage; it is at rest again afterwards. Collective."""
+    weights = {}
+    for unit in engine._sharded.units:
+        unit.gather()
+        for section in unit.sections:
+            weights |= {member.name: member.param.detach().clone() for member in section.members}
+        if unit.uses == 0:
+            unit.release()
+    return weights
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    """With momentum and weight decay: a step that should not have been shows."""
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+
+
+def error_between(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest difference, relative to the largest entry of the same tensor. Neither may hold NaN."""
+    assert got.keys() == expected.keys(), f"{sorted(got)} against {sorted(expected)}"
+    assert all(torch.isfinite(value).all() for value in [*got.values(), *expected.values()])
+    return max(
+        float((got[name].double() - value.double()).abs().max() / value.abs().max().clamp(min=1e-8))
+        for name, value in expected.items()
+        if value.numel()
+    )
+
+
+def differing(got: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    """Names of the tensors that are not the same bits."""
+    assert got.keys() == expected.keys(), f"{sorted(got)} against {sorted(expected)}"
+    return [name for name, value in expected.items() if not torch.equal(got[name], value)]

@@ -14,6 +14,10 @@ from torch.optim import Optimizer
 
 import zerolith
 
+# Torch imports its compiler with the first optimizer: here, once, rather than in every forked rank.
+torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+zerolith.initialize  # noqa: B018  # and zerolith itself with the first use of its names
+
 MICRO = 2  # samples in a micro-batch
 STAGES = (0, 1, 2, 3)
 
@@ -100,9 +104,7 @@ def config_for(stage: int, *, gas: int = 1, **overrides: Any) -> dict[str, Any]:
     return {**config, **overrides}
 
 
-Habit = Callable[
-    [Any, Any, list[Batch]], None
-]  # engine, returned optimizer, micro-batches of one optimizer step
+Habit = Callable[[Any, Any, list[Batch]], None]  # engine, returned optimizer, micro-batches of one optimizer step
 
 
 def step_each(engine: Any, optimizer: Any, micro_batches: list[Batch]) -> None:

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from harness import run_ranks
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+
+from harness import run_ranks
 from plain import (
     MICRO,
     STAGES,
@@ -27,8 +29,6 @@ from plain import (
     train_engine,
     train_plain,
 )
-from torch import nn
-
 from zerolith.errors import UsageError
 from zerolith.micro_steps import MicroSteps
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from gpt.shape import GPTShape
 
 ROTARY_BASE = 10_000.0
-INIT_STD = 0.02
 
 
 def rotary_tables(seq_len: int, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -85,12 +84,13 @@ class GPT(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Normal weights; those that write into the residual stream shrink with its depth."""
-        residual_std = INIT_STD / math.sqrt(2 * self.shape.layers)
+        """Normal weights that keep sizes; those that write into the residual stream shrink with its depth."""
+        std = self.shape.width**-0.5
+        residual_std = std / math.sqrt(2 * self.shape.layers)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 writes_residual = name.endswith((".out", ".mlp_out"))
-                nn.init.normal_(module.weight, std=residual_std if writes_residual else INIT_STD)
+                nn.init.normal_(module.weight, std=residual_std if writes_residual else std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 

@@ -11,9 +11,9 @@ class GPTShape:
 
     vocab: int = 256
     layers: int = 4
-    width: int = 256
-    head_dim: int = 64
-    seq_len: int = 256  # longest input, in tokens
+    width: int = 192
+    head_dim: int = 32
+    seq_len: int = 128  # longest input, in tokens
     tied: bool = True  # the head reads the embedding's weight
 
     @property

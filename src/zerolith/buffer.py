@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zerolith.layout import Layout, Range
 from zerolith.partitioning import SHARD, Placement
@@ -48,8 +48,17 @@ class FlatBuffer:
             return self
         return FlatBuffer(self.layout, SHARD, self.at(self.layout.shard(self.rank)), rank=self.rank)
 
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether `tensor` lies in this buffer's memory."""
+        is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided  # others have no storage
+        return is_plain and tensor.untyped_storage()._cdata == self.data.untyped_storage()._cdata
+
     def shares_memory_with(self, other: FlatBuffer) -> bool:
-        return self.data.untyped_storage().data_ptr() == other.data.untyped_storage().data_ptr()
+        return self.holds(other.data)
+
+    @property
+    def is_allocated(self) -> bool:
+        return self.data.untyped_storage().nbytes() > 0
 
     def allocate(self) -> None:
         """Give `data` storage again after `release`; every view of it is back, with undefined content."""

@@ -158,8 +158,8 @@ class Engine(Status):
         self._check_ready()
         if self._partitioned is None:
             raise UsageError("step() needs an optimizer; pass one to initialize or name one in the config")
-        self._applied = False
         if not self._micro.take_step():
+            self._applied = False
             return
         self.report = self._update(self._partitioned)
         self._applied = not self.report.skipped

@@ -3,6 +3,9 @@
 [Note: terms] A section's Term is this rank's own gradient, PARTIAL: one flat tensor that collects what backward
 produces. Where gradients are reduced at this backward it is in the wire dtype and goes at once; where they rest
 (stages 0 and 1 before the boundary, no_sync at any stage) it is in the accumulation dtype and stays.
+
+[Note: one buffer for two] A term that rests and the sum that it becomes are never needed at once. At stage 0 the term
+lies in the sum's buffer; at stage 1 the sum lies in the term's, where this rank's shard is.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from torch import Tensor
 
 from zerolith.buffer import FlatBuffer
 from zerolith.comm import Comm, Pending, add_into, done
-from zerolith.partitioning import PARTIAL, SHARD, Partitioning
+from zerolith.partitioning import PARTIAL, REPLICATE, SHARD, Partitioning
 from zerolith.precision import Precision
 from zerolith.redistribute import redistribute
 from zerolith.schedule import Sequencer
@@ -25,18 +28,26 @@ from zerolith.section import Section
 
 
 class Term:
-    """One section's PARTIAL gradient; `filled` says which slots have been written."""
+    """One section's PARTIAL gradient in `data`; `filled` says which slots have been written."""
 
-    def __init__(self, section: Section, comm: Comm, dtype: torch.dtype) -> None:
+    def __init__(self, section: Section, comm: Comm, data: Tensor, *, pooled: bool) -> None:
         self.comm = comm
-        data = comm.pool.take(section.layout.numel, dtype=dtype, device=comm.device)
+        self.pooled = pooled  # whether `data` goes back to the pool
+        self.rests = False  # whether it was begun by a backward that does not reduce
         self.buffer = FlatBuffer(section.layout, PARTIAL, data, rank=comm.rank)
         self.filled = [False] * len(section.members)
         for gap in section.layout.gaps():
             self.buffer.at(gap).zero_()
 
+    @classmethod
+    def take(cls, section: Section, comm: Comm, dtype: torch.dtype) -> Term:
+        """A term in memory of the pool."""
+        data = comm.pool.take(section.layout.numel, dtype=dtype, device=comm.device)
+        return cls(section, comm, data, pooled=True)
+
     def add(self, index: int, grad: Tensor) -> None:
         """Add parameter `index`'s gradient of any strides."""
+        grad = grad.to_dense() if grad.is_sparse else grad
         if self.filled[index]:
             add_into(self.buffer.slot(index).view(-1), [grad.reshape(-1)], fresh=False)
         else:
@@ -50,58 +61,60 @@ class Term:
                 self.buffer.slot(index).zero_()
                 self.filled[index] = True
 
-    def cast(self, section: Section, dtype: torch.dtype) -> Term:
-        """This term in `dtype`; if that is another one, this term is given up."""
-        if dtype == self.buffer.data.dtype:
-            return self
-        other = Term(section, self.comm, dtype)
-        other.buffer.data.copy_(self.buffer.data)
-        other.filled = self.filled
-        self.give_back()
-        return other
-
     def give_back(self) -> None:
-        self.comm.pool.give(self.buffer.data)
+        if self.pooled:
+            self.comm.pool.give(self.buffer.data)
 
 
 class Gradients:
-    """Owner of one section's terms and of what is known about its `grads` buffer since the last step."""
+    """Owner of one section's terms and of what is known about their sum since the last step."""
 
     def __init__(self, section: Section, partitioning: Partitioning, precision: Precision, comm: Comm) -> None:
         assert section.grads is not None, "a frozen section has no gradients"
         self.section = section
-        self.sum = section.grads
         self.partitioning = partitioning
         self.comm = comm
         dtype = section.members[0].param.dtype
         self.wire_dtype = precision.reduce_dtype(dtype)
-        self.rest_dtype = self.sum.data.dtype
+        self.rest_dtype = section.grads.data.dtype
         self.term: Term | None = None
-        self.arrived: set[int] = set()  # in this backward
         self.used = [False] * len(section.members)  # got a gradient on this rank since the last step
         self.fresh = True  # `sum` holds nothing yet
         self.gathered = partitioning.optim is SHARD  # `sum` is in the optim placement
+        self._buffer = section.grads  # without memory until it is needed
+        self._lender: Term | None = None  # holds `sum` instead of `_buffer`
 
-    def collect(self, index: int, grad: Tensor, *, reducing: bool) -> bool:
-        """Take one parameter's gradient; returns whether every trained parameter has had one in this backward."""
+    @property
+    def sum(self) -> FlatBuffer:
+        """The sum over ranks and micro-batches since the last step, in the optim placement at the boundary."""
+        if self._lender is not None:
+            return self._lender.buffer.own()
+        if not self._buffer.is_allocated:
+            self._buffer.allocate()
+            self._buffer.data.zero_()
+        return self._buffer
+
+    def collect(self, index: int, grad: Tensor, *, reducing: bool) -> None:
+        """Take one parameter's gradient of this backward."""
         if self.term is None:
-            self.term = Term(self.section, self.comm, self.wire_dtype if reducing else self.rest_dtype)
+            self.term = self._new_term(self.wire_dtype if reducing else self.rest_dtype)
+            self.term.rests = not reducing
         self.term.add(index, grad)
-        self.arrived.add(index)
         self.used[index] = True
-        return len(self.arrived) == len(self.section.members)
 
     def start_reduce(self) -> Pending:
         """Begin to add this term, summed over ranks, to the rest gradients. Collective, also without a term."""
-        term = self.term or Term(self.section, self.comm, self.wire_dtype)
+        term = self.term or self._new_term(self.wire_dtype)
         term.complete()
-        term = term.cast(self.section, self.wire_dtype)
         self.term, fresh = None, self.fresh
+        if fresh and term.rests and term.pooled and not self._buffer.is_allocated:
+            self._lender = term
         self.fresh = False
-        target = self.sum.own()
-        pending = redistribute(term.buffer, target, comm=self.comm, name=f"{self.section.name}.grad", fresh=fresh)
         self.gathered = self.partitioning.optim is SHARD
-        return _Reduced(pending, term)
+        sent = self._to_wire(term)
+        name = f"{self.section.name}.grad"
+        pending = redistribute(sent.buffer, self.sum.own(), comm=self.comm, name=name, fresh=fresh)
+        return _Reduced(pending, None if sent is self._lender else sent)
 
     def start_finish(self) -> Pending:
         """Begin to bring the sum to the optim placement, if it is not there. Collective."""
@@ -118,39 +131,57 @@ class Gradients:
 
     def reset(self) -> None:
         """Forget everything since the last step."""
-        if self.term is not None:
-            self.term.give_back()
-        self.term = None
-        self.arrived.clear()
+        for term in (self.term, self._lender):
+            if term is not None:
+                term.give_back()
+        self.term = self._lender = None
         self.used = [False] * len(self.used)
         self.fresh = True
         self.gathered = self.partitioning.optim is SHARD
 
+    def _new_term(self, dtype: torch.dtype) -> Term:
+        if self.fresh and dtype == self.rest_dtype and self.partitioning.optim is REPLICATE:
+            return Term(self.section, self.comm, self.sum.data, pooled=False)
+        return Term.take(self.section, self.comm, dtype)
+
+    def _to_wire(self, term: Term) -> Term:
+        """`term` in the wire dtype; if that is another one, `term` is given up unless `sum` lies in it."""
+        if term.buffer.data.dtype == self.wire_dtype:
+            return term
+        sent = Term.take(self.section, self.comm, self.wire_dtype)
+        sent.buffer.data.copy_(term.buffer.data)
+        if term is not self._lender:
+            term.give_back()
+        return sent
+
 
 class _Reduced:
-    def __init__(self, pending: Pending, term: Term) -> None:
+    def __init__(self, pending: Pending, sent: Term | None) -> None:
         self._pending = pending
-        self._term = term
+        self._sent = sent
 
     def wait(self) -> None:
         self._pending.wait()
-        self._term.give_back()
+        if self._sent is not None:
+            self._sent.give_back()
 
 
 class Reducer:
-    """Collects gradients from autograd's hooks and reduces section by section, in reverse order, behind backward.
+    """Collects gradients from autograd's hooks and reduces section by section behind backward, in one order.
 
     At most one reduction is in flight: then the memory is that of one unit's gradients and one in transit.
     """
 
-    def __init__(self, gradients: Sequence[Gradients], *, overlap: bool) -> None:
-        self.gradients = list(gradients)  # in the order of reduction
+    def __init__(self, gradients: Sequence[Gradients], comm: Comm, *, overlap: bool) -> None:
+        self.gradients = list(gradients)
+        self.comm = comm
         self.overlap = overlap
         self.reducing = False  # whether this backward reduces
         self.partial = False  # whether some rank's terms wait to be reduced
-        self._sequence = Sequencer(len(self.gradients))
-        self._in_flight: deque[Pending] = deque()
         self.before_first: Callable[[], None] = lambda: None  # told of every gradient before it is taken
+        self._sequence = Sequencer(len(self.gradients))
+        self._follows = False  # whether the sequence is that of a backward that was seen
+        self._in_flight: deque[Pending] = deque()
         self._handles = [
             _hook(member.param, self._collector(number, index))
             for number, own in enumerate(self.gradients)
@@ -161,29 +192,38 @@ class Reducer:
         """A backward begins; `reducing` says whether its gradients leave now. The same on all ranks."""
         self.reducing = reducing
         self._sequence.restart()
-        for own in self.gradients:
-            own.arrived.clear()
+
+    def ready(self, number: int) -> None:
+        """This backward is done with the section: reduce it, unless others must go first. Collective."""
+        if self.reducing:
+            for each in self._sequence.ready(number):
+                self._launch(each)
 
     def end(self) -> None:
         """A backward is over: reduce what it left. Collective if it reduces."""
         if not self.reducing:
             self.partial = True
             return
-        for number in self._sequence.rest():
-            self._launch(number)
-        for number, own in enumerate(self.gradients):
-            # A parameter that fires twice in one backward (reentrant checkpointing) leaves a second term. That is
-            # so on every rank, since all of them run the same modules.
-            if own.term is not None:
-                self._launch(number)
-        self.wait()
-        self.partial = False
+        self._reduce_rest()
+        if not self._follows:
+            self._learn_order()
 
     def flush(self) -> None:
         """Reduce what rests. Collective."""
         if self.partial:
             self.begin(reducing=True)
-            self.end()
+            self._reduce_rest()
+
+    def _reduce_rest(self) -> None:
+        for number in self._sequence.rest():
+            self._launch(number)
+        for number, own in enumerate(self.gradients):
+            # What came after its section was reduced: a module that runs in two parts of reentrant checkpointing
+            # leaves a second term. That is so on every rank, since all of them run the same modules.
+            if own.term is not None:
+                self._launch(number)
+        self.wait()
+        self.partial = False
 
     def finish(self) -> None:
         """Bring every sum to the optim placement. Collective."""
@@ -192,6 +232,7 @@ class Reducer:
             pending.wait()
 
     def wait(self) -> None:
+        """Let the reduction in flight end."""
         while self._in_flight:
             self._in_flight.popleft().wait()
 
@@ -215,16 +256,10 @@ class Reducer:
             reducer = reference()
             if grad is not None and reducer is not None:
                 reducer.before_first()
-                reducer._on_grad(number, index, grad)
+                with torch.no_grad():
+                    reducer.gradients[number].collect(index, grad, reducing=reducer.reducing)
 
         return collect
-
-    @torch.no_grad()
-    def _on_grad(self, number: int, index: int, grad: Tensor) -> None:
-        complete = self.gradients[number].collect(index, grad, reducing=self.reducing)
-        if complete and self.reducing and not self._sequence.has_gone(number):
-            for ready in self._sequence.ready(number):
-                self._launch(ready)
 
     def _launch(self, number: int) -> None:
         self.wait()
@@ -233,6 +268,12 @@ class Reducer:
         if not self.overlap:
             self.wait()
 
+    def _learn_order(self) -> None:
+        """Follow from now on the order in which this backward was done with sections on rank 0. Collective."""
+        self._follows = True
+        order = torch.tensor(self._sequence.observed(), device=self.comm.device)
+        self.comm.broadcast(order, name="order of reduction")
+        self._sequence.follow(order.tolist())
 
 
 def _hook(param: Tensor, hook: Callable[[Tensor], None]) -> Any:  # torch's RemovableHandle

@@ -1,68 +1,99 @@
-"""Gathering around modules' forwards and backwards, by hooks on the modules themselves.
+"""Following modules through forward and backward, by hooks on the modules themselves.
 
-A unit is gathered before its module runs, released after it, gathered again before its backward and released when
-the gradients of the module's inputs are there. The next unit's gather starts while this one computes.
+A unit is gathered before its module runs, released after it, gathered again before its backward and released after
+that. The next unit's gather starts while this one computes.
 
 [Note: release by phase] A forward that runs inside a backward (activation checkpointing recomputes) does not
 release: only backward may, because the recomputed tensors are about to be used. So both nestings of
 checkpointing and units work.
+
+[Note: when a backward is over] Autograd runs what was recorded last first. So when the gradient of some call's output
+arrives, all that was recorded after that call ended has been done, and every call that began later is over. (The
+gradients of a call's own inputs would tell too late: an encoder's output goes into every block of a decoder, and its
+gradient is there when all of them are over.) What is left is over at the end of autograd's graph task; each recomputed
+part of a reentrant checkpoint has a task of its own. All of this is the same on every rank that runs the same modules,
+whichever of their parameters get a gradient there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from zerolith.parameter import ShardedParameter, refuse
 from zerolith.schedule import Order
 from zerolith.unit import Phase, Unit
 
+logger = logging.getLogger("zerolith")
+NO_TENSORS_IN = (str, bytes, int, float, type, FunctionType, MethodType, nn.Module)
+
+
+def graph_task() -> int:
+    """Number of the backward that autograd runs on this thread; -1 if none."""
+    return torch._C._current_graph_task_id()  # type: ignore[no-any-return]  # no public way to ask
+
 
 def in_backward() -> bool:
-    """Whether autograd is running a backward on this thread."""
-    return torch._C._current_graph_task_id() != -1  # type: ignore[no-any-return]  # no public way to ask
+    return graph_task() != -1
 
 
 class Call:
     """One forward of one module, as its backward will need to know it."""
 
-    def __init__(self, units: list[Unit]) -> None:
+    def __init__(self, units: list[Unit], *, now: int) -> None:
         self.units = units
-        self.backward = 0  # number of the backward in which this call's own began
-        self.inputs_left = 0
+        self.began = now  # readings of the gatherer's clock
+        self.ended = now
+        self.task = -1  # the graph task in which its backward began last
 
 
 class Gatherer:
-    """Owner of the gather hooks of one model; `units[0]` is the root's."""
+    """Owner of the hooks of one model; `units[0]` is the root's.
 
-    def __init__(self, model: nn.Module, units: Sequence[Unit], modules: Sequence[nn.Module], *, prefetch: bool) -> None:
+    `when_done` is told of a unit when no call of it in this backward is left.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        units: Sequence[Unit],
+        modules: Sequence[nn.Module],
+        *,
+        prefetch: bool,
+        when_done: Callable[[Unit], None],
+    ) -> None:
         self.units = list(units)
         self.prefetch = prefetch
-        self._model = model
+        self._when_done = when_done
         self._numbers = {id(unit): number for number, unit in enumerate(units)}
         self._forward_order, self._backward_order = Order(), Order()
+        self._clock = 0
         self._calls: list[tuple[nn.Module, Call]] = []  # forwards that are running, outermost first
-        self._backward = 0  # counts backwards
-        self._backward_uses = [0] * len(units)
+        self._open: list[Call] = []  # calls whose backward has begun
+        self._tasks: list[int] = []  # graph tasks that are running, outermost first
+        self._awaited = [0] * len(units)  # by unit: forwards whose backward has not begun
+        self._keeping = False  # a backward with create_graph needs the parameters for a backward of itself
         self._external: dict[int, list[Unit]] = {}  # by module: units of other modules that its forward needs
         self._handles: list[Any] = []  # torch's RemovableHandle
         self._hooked: set[int] = set()  # modules, by id; the model keeps them alive
         for unit, module in zip(units, modules, strict=True):
-            if unit.is_sharded or module is model:
-                self._install(module, unit)
+            self._install(module, [unit])
 
     def add_external(self, module: nn.Module, unit: Unit) -> None:
         """From now on `unit` is whole while `module` computes, too."""
         needed = self._external.setdefault(id(module), [])
         if unit not in needed:
             needed.append(unit)
-            if id(module) not in self._hooked:
-                self._install(module, None)
+        if id(module) not in self._hooked:
+            self._install(module, [])
 
     def remove_external(self, module: nn.Module, unit: Unit) -> None:
         """Take `add_external` back."""
@@ -73,24 +104,25 @@ class Gatherer:
         """The whole parameter behind `stand_in`, for a forward that uses one of another module's unit."""
         if not self._calls:
             return refuse(stand_in)
-        module, call = self._calls[-1]
-        self._gather(unit, self._forward_order)
-        if unit not in call.units:
-            call.units.append(unit)
-            unit.uses += 1
-            self._external.setdefault(id(module), []).append(unit)
+        self._gather(unit)
+        self._lend(unit)
         return param
 
     def begin_backward(self) -> None:
-        self._backward += 1
+        self._open.clear()
+        self._tasks.clear()
         self._backward_order.restart()
 
     def end_backward(self) -> None:
         """Release every unit: nothing needs whole parameters between backward and the next forward."""
-        self._backward_uses = [0] * len(self.units)
-        self.release_all()
+        self._open.clear()
+        self._tasks.clear()
+        self._awaited = [0] * len(self.units)
+        if not self._keeping:
+            self.release_all()
 
     def release_all(self) -> None:
+        """Bring every unit to rest that no running forward uses."""
         for unit in self.units:
             if unit.uses == 0:
                 unit.release()
@@ -98,6 +130,7 @@ class Gatherer:
     def reset(self) -> None:
         """After an exception: no forward is running any more."""
         self._calls.clear()
+        self._keeping = False
         for unit in self.units:
             unit.uses = 0
         self.end_backward()
@@ -107,75 +140,146 @@ class Gatherer:
             handle.remove()
         self._handles.clear()
 
-    def _install(self, module: nn.Module, unit: Unit | None) -> None:
+    def _install(self, module: nn.Module, own: list[Unit]) -> None:
+        # Weak, and bound to this module: a deep copy of the model has the same hooks, which then do nothing.
+        this, original = weakref.ref(self), weakref.ref(module)
+
+        def before(called: nn.Module, args: Any) -> None:
+            gatherer = this()
+            if gatherer is not None and called is original():
+                gatherer._pre_forward(own, called)
+
+        def after(called: nn.Module, args: Any, output: Any) -> None:
+            gatherer = this()
+            if gatherer is not None and called is original():
+                gatherer._post_forward(called, output)
+
         self._hooked.add(id(module))
-        own = [unit] if unit is not None and unit.is_sharded else []
         self._handles += [
-            module.register_forward_pre_hook(partial(self._pre_forward, own), with_kwargs=True, prepend=True),
-            module.register_forward_hook(self._post_forward, always_call=True),
+            module.register_forward_pre_hook(before, prepend=True),
+            module.register_forward_hook(after, always_call=True),
         ]
 
-    def _pre_forward(self, own: list[Unit], module: nn.Module, args: Any, kwargs: Any) -> None:
-        if module is self._model and not self._calls and not in_backward():
+    def _pre_forward(self, own: list[Unit], module: nn.Module) -> None:
+        if not self._calls and not in_backward():
             self._forward_order.restart()
-        call = Call([*own, *self._external.get(id(module), ())])
+        units = dict.fromkeys([*own, *self._external.get(id(module), ())])
+        call = Call(list(units), now=self._tick())
         self._calls.append((module, call))
         for unit in call.units:
             unit.uses += 1
-            self._gather(unit, self._forward_order)
-        if torch.is_grad_enabled():
-            self._watch_inputs(call, (args, kwargs))
+            self._gather(unit)
 
-    def _post_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _post_forward(self, module: nn.Module, output: Any) -> None:
+        if not self._calls or self._calls[-1][0] is not module:
+            return  # another hook failed before ours ran
         _, call = self._calls.pop()
-        recomputing = in_backward()
+        call.ended = self._tick()
+        tensors = list(_tensors(output))
         for unit in call.units:
             unit.uses -= 1
+            if self._calls and any(unit.lends(tensor) for tensor in tensors):
+                self._lend(unit)
             kept = unit.stays and torch.is_grad_enabled()
-            if unit.uses == 0 and not recomputing and not kept:
+            if unit.uses == 0 and not in_backward() and not kept:
                 unit.release()
-        if call.units and torch.is_grad_enabled():
-            for tensor in _tensors(output):
-                tensor.register_hook(partial(self._pre_backward, call))
+        if torch.is_grad_enabled():
+            self._await_backward(call, tensors)
+        elif not self._calls and not in_backward():
+            self.release_all()  # what was gathered ahead and not used
+
+    def _lend(self, unit: Unit) -> None:
+        """The forward that is running needs `unit` until its own end, and will the next time."""
+        module, call = self._calls[-1]
+        if unit not in call.units:
+            call.units.append(unit)
+            unit.uses += 1
+            self.add_external(module, unit)
+            logger.info("parameters of %s are used by a %s, which keeps them whole from now on",
+                        unit.name, type(module).__name__)
+
+    def _await_backward(self, call: Call, outputs: list[Tensor]) -> None:
+        # Not leaves: hooks on them outlive this forward, and no module's backward lies behind them.
+        watched = {id(tensor): tensor for tensor in outputs if tensor.grad_fn is not None}
+        for tensor in watched.values():
+            tensor.register_hook(partial(self._pre_backward, call))
+        if watched and not in_backward():
+            for unit in call.units:
+                self._awaited[self._numbers[id(unit)]] += 1
 
     def _pre_backward(self, call: Call, grad: Tensor) -> None:
-        if call.backward == self._backward:
+        task = graph_task()
+        if call.task == task:
             return
-        call.backward = self._backward
+        call.task = task
+        self._enter_task(task)
+        self._open.append(call)  # first: a unit that both need is not released in between
+        for other in [other for other in self._open if other.began > call.ended]:
+            self._finish(other)
         for unit in call.units:
-            self._backward_uses[self._numbers[id(unit)]] += 1
-            self._gather(unit, self._backward_order)
+            self._awaited[self._numbers[id(unit)]] -= 1
+            self._gather(unit)
 
-    def _watch_inputs(self, call: Call, inputs: Any) -> None:
-        watched = _tensors(inputs)
-        call.inputs_left = len(watched)
-        for tensor in watched:
-            tensor.register_hook(partial(self._post_backward, call, len(watched)))
-
-    def _post_backward(self, call: Call, watched: int, grad: Tensor) -> None:
-        call.inputs_left -= 1
-        if call.inputs_left:
+    def _enter_task(self, task: int) -> None:
+        if task in self._tasks:
             return
-        call.inputs_left = watched  # for another backward through the same graph
-        if call.backward != self._backward:
-            return  # this call's outputs have no part in this backward
+        if not self._tasks:
+            self._backward_order.restart()
+            self._keeping = torch.is_grad_enabled()
+        self._tasks.append(task)
+        torch.autograd.Variable._execution_engine.queue_callback(partial(self._leave_task, task))
+
+    def _leave_task(self, task: int) -> None:
+        for call in [call for call in self._open if call.task == task]:
+            self._finish(call)
+        if task in self._tasks:
+            self._tasks.remove(task)
+            if not self._tasks:
+                self.end_backward()
+
+    def _finish(self, call: Call) -> None:
+        """`call` needs nothing any more in this backward."""
+        self._open.remove(call)
         for unit in call.units:
-            number = self._numbers[id(unit)]
-            self._backward_uses[number] -= 1
-            if self._backward_uses[number] == 0 and unit.uses == 0 and not unit.stays:
+            if any(unit in other.units for other in self._open):
+                continue
+            if unit.uses == 0 and not unit.stays and not self._keeping:
                 unit.release()
+            if self._awaited[self._numbers[id(unit)]] <= 0:
+                self._when_done(unit)
 
     @torch.no_grad()
-    def _gather(self, unit: Unit, order: Order) -> None:
+    def _gather(self, unit: Unit) -> None:
         if unit.phase is Phase.GATHERED:
             return
+        order = self._backward_order if in_backward() else self._forward_order
         following = order.visit(self._numbers[id(unit)])
         unit.gather()
         if self.prefetch and following is not None:
             self.units[following].start_gather()
 
+    def _tick(self) -> int:
+        self._clock += 1
+        return self._clock
 
-def _tensors(tree: Any) -> list[Tensor]:
-    """The distinct tensors in nested containers whose gradient will be computed."""
-    leaves = [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    return list({id(leaf): leaf for leaf in leaves}.values())
+
+def _tensors(output: Any) -> Iterator[Tensor]:  # whatever a module returns
+    """The tensors in an output: in containers, dataclasses and other objects, at any depth."""
+    pending, seen = [output], set()
+    while pending:
+        value = pending.pop()
+        if isinstance(value, Tensor):
+            yield value
+        elif id(value) not in seen and not isinstance(value, NO_TENSORS_IN):
+            seen.add(id(value))
+            pending += _parts(value)
+
+
+def _parts(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return list(value)
+    if dataclasses.is_dataclass(value):
+        return [getattr(value, each.name, None) for each in dataclasses.fields(value)]
+    return list(getattr(value, "__dict__", {}).values())

@@ -109,7 +109,7 @@ def _check(
     if chosen is not None:
         _assign_groups(members, chosen)
         granularity = granularity_of(chosen)
-        if any(chosen.state.values()):
+        if any(float(state.get("step", 0)) > 0 for state in chosen.state.values()):
             raise OptimizerError("the optimizer has stepped already; give initialize one without state")
     elif config.zero_optimization.stage in (1, 2):
         raise ConfigError(

@@ -9,7 +9,7 @@ that torch.distributed.checkpoint can save and load.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
     from torch.distributed.checkpoint.planner import WriteItem
 
-Touch = Callable[["ShardedParameter"], Tensor]
+Touch = Callable[["ShardedParameter", Sequence["ShardedParameter"]], Tensor]
 
 
-def refuse(param: ShardedParameter) -> Tensor:
+def refuse(param: ShardedParameter, together: Sequence[ShardedParameter] = ()) -> Tensor:
     """What touching a sharded parameter does outside a forward: raise, and say what to do."""
     raise ShardedAccessError(
         f"{param.fqn!r} is sharded over the data-parallel ranks and cannot be computed with here. Read or edit it "
@@ -60,6 +60,11 @@ class ShardedParameter(torch.Tensor):
         stand_in.gathered = stand_in.origin = None
         return stand_in  # type: ignore[no-any-return]  # torch does not type _make_wrapper_subclass
 
+    @property
+    def present(self) -> Tensor:
+        """The whole parameter if it is gathered, else this."""
+        return self if self.gathered is None else self.gathered
+
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return (
             f"ShardedParameter({self.fqn!r}, shape={tuple(self.shape)}, dtype={self.dtype}, "
@@ -80,10 +85,11 @@ class ShardedParameter(torch.Tensor):
         if func in (torch.Tensor.detach, torch.Tensor.__deepcopy__) or _is_metadata(func):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        args, kwargs = pytree.tree_map_only(cls, lambda param: param if param.gathered is None else param.gathered, (args, kwargs))
+        args, kwargs = pytree.tree_map_only(cls, lambda param: param.present, (args, kwargs))
         if func is torch.Tensor.copy_:
             return _copy_into(*args, **kwargs)
-        args, kwargs = pytree.tree_map_only(cls, lambda param: param.touch(param), (args, kwargs))
+        together = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, cls)]
+        args, kwargs = pytree.tree_map_only(cls, lambda param: param.touch(param, together), (args, kwargs))
         return func(*args, **kwargs)
 
     @classmethod
@@ -138,7 +144,7 @@ def _chunk(box: Box) -> ChunkStorageMetadata:
 def _copy_into(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     """`target.copy_(source)`: each rank takes its own range, so loading a state dict needs no communication."""
     if not isinstance(target, ShardedParameter):
-        whole = source.touch(source) if isinstance(source, ShardedParameter) else source
+        whole = source.touch(source, (source,)) if isinstance(source, ShardedParameter) else source
         return target.copy_(whole, non_blocking)
     if source.shape != target.shape:
         raise ShardedAccessError(
@@ -155,17 +161,17 @@ def _copy_into(target: Tensor, source: Tensor, non_blocking: bool = False) -> Te
     return target
 
 
-_METADATA_METHODS = (
-    "size dim numel nelement element_size stride is_floating_point is_complex is_contiguous requires_grad_ ndimension "
-    "__hash__ __repr__ __len__ is_shared is_pinned get_device type dim_order __format__ __reduce_ex__ is_signed"
-).split()
-_METADATA_PROPERTIES = (
-    "shape dtype device requires_grad is_leaf grad layout ndim is_cuda is_cpu is_meta is_sparse is_quantized is_mkldnn "
-    "is_mps is_xpu is_nested itemsize nbytes names _version grad_fn retains_grad is_sparse_csr is_mtia is_ipu is_hpu "
-    "is_maia is_xla is_vulkan _backward_hooks _is_param grad_dtype"
-).split()
-_METADATA: set[Any] = {getattr(torch.Tensor, name) for name in _METADATA_METHODS if hasattr(torch.Tensor, name)}
-for _name in _METADATA_PROPERTIES:
+_METADATA_METHODS = """
+    size dim numel nelement element_size stride is_floating_point is_complex is_contiguous requires_grad_ ndimension
+    __hash__ __repr__ __len__ is_shared is_pinned get_device type dim_order __format__ is_signed
+"""
+_METADATA_PROPERTIES = """
+    shape dtype device requires_grad is_leaf grad layout ndim is_cuda is_cpu is_meta is_sparse is_quantized is_mkldnn
+    is_mps is_xpu is_nested itemsize nbytes names _version grad_fn retains_grad is_sparse_csr is_mtia is_ipu is_hpu
+    is_maia is_xla is_vulkan _backward_hooks _is_param grad_dtype
+"""
+_METADATA: set[Any] = {getattr(torch.Tensor, name) for name in _METADATA_METHODS.split() if hasattr(torch.Tensor, name)}
+for _name in _METADATA_PROPERTIES.split():
     _property = getattr(torch.Tensor, _name, None)
     for _accessor in ("__get__", "__set__"):
         if hasattr(_property, _accessor):

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from zerolith.buffer import FlatBuffer
 from zerolith.comm import Comm, Pending
-from zerolith.errors import ShardedAccessError
 from zerolith.layout import plan_layout
 from zerolith.parameter import ShardedParameter, Touch
 from zerolith.partitioning import REPLICATE, SHARD, Partitioning
@@ -99,6 +98,8 @@ class Section:
         self.main = self._make_main(packed)
         self.masters = self._make_masters(packed)  # by index: whole tensors that this rank owns, master dtype
         self.grads = self._make_grads()
+        self._views = [self.whole.slot(index) for index in range(len(self.members))]
+        self._absent = [_absent(view) for view in self._views]  # what parameters hold while `whole` is released
         self.stand_ins = self._make_stand_ins(touch)
         self._adopt()
 
@@ -107,6 +108,11 @@ class Section:
         """Whether parameters rest as shards, so that `whole` must be gathered before use."""
         return self.weights is not self.whole
 
+    @property
+    def has_masters_elsewhere(self) -> bool:
+        """Whether what a rank has of the weights is not what it has of the masters."""
+        return self.trained and self.main is None and self.is_sharded
+
     def start_gather(self) -> Pending:
         """Begin to fill `whole` from the shards. Collective."""
         self.whole.allocate()
@@ -114,20 +120,29 @@ class Section:
 
     def install_whole(self) -> None:
         """Put the real parameters back into their modules."""
-        for member, stand_in in zip(self.members, self.stand_ins, strict=True):
+        for member, stand_in, view in zip(self.members, self.stand_ins, self._views, strict=True):
+            member.param.data = view
             if member.param.requires_grad != stand_in.requires_grad:
                 member.param.requires_grad_(stand_in.requires_grad)
             member.install(member.param)
             stand_in.gathered = member.param
+        self.drop_edits()
 
     def release(self) -> None:
-        """Free `whole` and put stand-ins into the modules."""
-        for member, stand_in in zip(self.members, self.stand_ins, strict=True):
+        """Free `whole` and put stand-ins into the modules. What was written to parameters in place is kept."""
+        if self._whole_versions != [member.param._version for member in self.members]:
+            self.weights.data.copy_(self.whole.own().data)
+        for member, stand_in, absent in zip(self.members, self.stand_ins, self._absent, strict=True):
+            member.param.data = absent
             if member.param.requires_grad != stand_in.requires_grad:
                 stand_in.requires_grad_(member.param.requires_grad)
             member.install(stand_in)
             stand_in.gathered = None
         self.whole.release()
+
+    def drop_edits(self) -> None:
+        """Forget what was written to the whole parameters since they were gathered."""
+        self._whole_versions = [member.param._version for member in self.members]
 
     def start_publish(self) -> Pending:
         """Begin to bring the optimizer's result to the weights. Collective where params rest whole."""
@@ -140,22 +155,18 @@ class Section:
         for member in self.members:
             torch.autograd.graph.increment_version(member.param)
         self._versions = self._current_versions()
+        self.drop_edits()
 
     def edited(self) -> bool:
         """Whether someone else wrote to the weights in place since `mark_written`."""
         return self._versions != self._current_versions()
 
     def adopt_edits(self) -> None:
-        """Let the masters follow weights that were written to. Does not communicate."""
+        """Let the masters follow weights that were written to; `whole` must be there if masters are elsewhere."""
         if self.main is not None:
             source = self.weights.own() if self.main.placement is SHARD else self.weights
             _follow(self.main.data, source.data)
         for index, master in self.masters.items():
-            if self.is_sharded:
-                raise ShardedAccessError(
-                    f"{self.members[index].name!r} was edited in place, but its whole master is on another rank; "
-                    "edit it inside GatheredParameters(..., modifier_rank=...)"
-                )
             _follow(master, self.whole.slot(index))
         self._versions = self._current_versions()
 
@@ -231,9 +242,11 @@ class Section:
             return None
         dtype = self.plan.precision.accumulate_dtype(self.members[0].param.dtype)
         comm = self.plan.comm
-        return FlatBuffer.zeros(
+        grads = FlatBuffer.zeros(
             self.layout, self.plan.partitioning.optim, rank=comm.rank, dtype=dtype, device=comm.device
         )
+        grads.release()  # until the first gradient comes
+        return grads
 
     def _make_stand_ins(self, touch: Touch) -> list[ShardedParameter]:
         if not self.is_sharded:
@@ -253,9 +266,19 @@ class Section:
     def _adopt(self) -> None:
         """Make every parameter a view of `whole`; its old storage goes."""
         for index, member in enumerate(self.members):
-            member.param.data = self.whole.slot(index)
+            member.param.data = self._views[index]
             member.install(member.param)
         self._versions = self._current_versions()
+        self.drop_edits()
+
+
+def _absent(view: Tensor) -> Tensor:
+    """A tensor of `view`'s shape for a parameter whose memory is freed: reading that would crash the process.
+
+    Code that kept the parameter itself, not looking it up in its module, computes NaN.
+    """
+    value = float("nan") if view.is_floating_point() else 0
+    return torch.full((), value, dtype=view.dtype, device=view.device).expand(view.shape)
 
 
 def _follow(master: Tensor, weights: Tensor) -> None:

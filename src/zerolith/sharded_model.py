@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,9 +69,10 @@ class ShardedModel:
             for section in reversed(self.sections)
             if section.trained
         ]
-        self.reducer = Reducer(self.gradients, overlap=overlap)
-        self.gatherer = Gatherer(model, self.units, [unit_plan.module for unit_plan in plans], prefetch=prefetch)
-        self._handles = [model.register_state_dict_pre_hook(self._before_state_dict), *self._drop_untrained_grads()]
+        self.reducer = Reducer(self.gradients, plan.comm, overlap=overlap)
+        modules = [unit_plan.module for unit_plan in plans]
+        self.gatherer = Gatherer(model, self.units, modules, prefetch=prefetch, when_done=self._reduces_done())
+        self._handles = [*self._rest_for_state_dicts(), *self._drop_untrained_grads()]
         self._broadcast_buffers()
         self.release_all()
 
@@ -101,10 +103,23 @@ class ShardedModel:
 
     @torch.no_grad()
     def adopt_edits(self) -> list[str]:
-        """Let masters follow weights that were written to in place; returns the sections' names."""
+        """Let masters follow weights that were written to in place; returns the sections' names.
+
+        Collective where tensors are stepped whole but rest as shards.
+        """
+        self.release_all()
         edited = [section for section in self.sections if section.trained and section.edited()]
+        elsewhere = [section for section in self.sections if section.has_masters_elsewhere]
+        if elsewhere:
+            flags = self.comm.max([float(section in edited) for section in elsewhere], name="edited weights")
+            edited = [section for section in edited if section not in elsewhere]
+            edited += [section for section, flag in zip(elsewhere, flags, strict=True) if flag]
         for section in edited:
+            if section.has_masters_elsewhere:
+                section.start_gather().wait()
             section.adopt_edits()
+            if section.has_masters_elsewhere:
+                section.whole.release()
         return [section.name for section in edited]
 
     def check_frozen(self) -> None:
@@ -149,19 +164,52 @@ class ShardedModel:
             sections.append(section)
         return Unit(plan.name, sections, stays=is_root)
 
-    def _touch(self, stand_in: ShardedParameter) -> Tensor:
+    def _touch(self, stand_in: ShardedParameter, together: Sequence[ShardedParameter]) -> Tensor:
         place = self.place_of(stand_in)
         if place is None:
             return refuse(stand_in)
         return self.gatherer.touch(place.unit, stand_in, place.member.param)
 
-    def _before_state_dict(self, *_: Any) -> None:  # torch passes (module, prefix, keep_vars)
-        self.release_all()
+    def _reduces_done(self) -> Callable[[Unit], None]:
+        """What tells the reducer that a unit's backward is over."""
+        reducer = self.reducer  # not self: that would be a cycle
+        numbers: dict[int, list[int]] = {id(unit): [] for unit in self.units}
+        for number, own in enumerate(self.gradients):
+            unit = next(unit for unit in self.units if own.section in unit.sections)
+            numbers[id(unit)].append(number)
+
+        def when_done(unit: Unit) -> None:
+            for number in numbers[id(unit)]:
+                reducer.ready(number)
+
+        return when_done
+
+    def _rest_for_state_dicts(self) -> list[Any]:
+        """State dicts are saved from and loaded into parameters at rest."""
+        this, original = weakref.ref(self), weakref.ref(self.model)
+
+        def rest(module: nn.Module, *_: Any) -> None:
+            sharded = this()
+            if sharded is not None and module is original():  # a deep copy of the model has the same hooks
+                sharded.release_all()
+
+        return [self.model.register_state_dict_pre_hook(rest), self.model.register_load_state_dict_pre_hook(rest)]
 
     def _broadcast_buffers(self) -> None:
         with torch.no_grad():
-            for name, buffer in self.model.named_buffers():
-                self.comm.broadcast(buffer, name=f"buffer {name}")
+            for module in self.model.modules():
+                for name, buffer in module.named_buffers(recurse=False):
+                    self.comm.broadcast(buffer, name=f"buffer {name}")
+                    module._buffers[name] = self._cast_buffer(module, buffer)
+
+    def _cast_buffer(self, module: nn.Module, buffer: Tensor) -> Tensor:
+        """`buffer` in the compute dtype if it is computed with parameters that are cast: a norm's statistics.
+
+        Those of modules without parameters stay: rotary frequencies would lose what they never get back.
+        """
+        has_own = any(param is not None for param in module._parameters.values())
+        compute = self.plan.precision.compute
+        return buffer.to(compute) if has_own and compute and buffer.is_floating_point() else buffer
 
     def _drop_untrained_grads(self) -> list[Any]:
         """Trainable parameters outside every optimizer group: nobody will step or clear their gradients."""

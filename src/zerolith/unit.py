@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum
 
+from torch import Tensor
+
 from zerolith.comm import Pending
 from zerolith.errors import PhaseError
 from zerolith.section import Section
@@ -41,6 +43,10 @@ class Unit:
     def numel(self) -> int:
         """Elements of the unit's buffers, padding included."""
         return sum(section.layout.numel for section in self.sections)
+
+    def lends(self, tensor: Tensor) -> bool:
+        """Whether `tensor` is a sharded parameter of this unit or a view of one."""
+        return self.is_sharded and any(section.whole.holds(tensor) for section in self.sections)
 
     def start_gather(self) -> None:
         """Begin to gather, unless that is done or under way. Collective."""

@@ -35,10 +35,10 @@ def test_with_targets_it_returns_their_mean_loss(model: GPT, tokens: torch.Tenso
     torch.testing.assert_close(model(tokens, tokens), by_hand)
 
 
-def test_a_new_model_knows_nothing(model: GPT, tokens: torch.Tensor) -> None:
+def test_a_new_model_is_about_as_good_as_guessing(model: GPT, tokens: torch.Tensor) -> None:
     # Not the tokens themselves: a tied model starts with a leaning to repeat its input.
     loss = model(tokens, (tokens + 1) % SMALL.vocab).item()
-    assert loss == pytest.approx(math.log(SMALL.vocab), abs=0.1)
+    assert loss == pytest.approx(math.log(SMALL.vocab), abs=1)
 
 
 def test_a_tied_head_is_the_embedding(model: GPT, tokens: torch.Tensor) -> None:

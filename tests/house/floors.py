@@ -21,13 +21,13 @@ TOP = Path(__file__).parents[2] / "src" / "zerolith"
 
 # A part (a module, or a package with all that is in it) imports only from parts before it.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "layout", "partitioning", "registry", "config"),  # 0: pure
-    ("mesh", "comm", "precision"),  # 1: one process and its surroundings
+    ("errors", "layout", "partitioning", "config"),  # 0: pure
+    ("comm", "memory", "precision"),  # 1: one process and its surroundings
     ("buffer", "redistribute", "parameter", "section"),  # 2: sharded storage
-    ("unit", "wrap", "schedule", "gradients", "hooks"),  # 3: the ZeRO mechanism
+    ("unit", "schedule", "gradients", "wrap", "hooks", "sharded_model"),  # 3: the ZeRO mechanism
     ("optim",),  # 4: optimizers
-    ("zero", "activation", "compile"),  # 5: what composes with units
-    ("data", "observe", "engine", "initialize"),  # 6: the facade
+    ("zero",),  # 5: access to shards
+    ("data", "observe", "micro_steps", "status", "engine", "initialize"),  # 6: the facade
     ("cli",),  # 7: clients of the facade
 )
 ROOF = ""  # the package's own __init__: the public names, from any part
@@ -37,7 +37,7 @@ ORDER: list[str] = [*FLOOR_OF, ROOF]
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 
-COLLECTIVES_LIVE_IN = {"comm", "mesh"}
+COLLECTIVES_LIVE_IN = {"comm"}
 # What any part above floor 0 may take from torch.distributed: none of it is a collective.
 HARMLESS_SUBMODULES = {"checkpoint", "device_mesh", "elastic", "pipelining", "run", "tensor"}
 UNPICKLERS = {"cloudpickle", "dill", "marshal", "pickle", "shelve", "_pickle"}
@@ -203,7 +203,7 @@ def import_cycles(modules: Mapping[str, Module]) -> Iterator[str]:
 
 
 def collectives(module: Module) -> Iterator[str]:
-    """torch.distributed on floor 0, and collectives anywhere but in comm/ and mesh."""
+    """torch.distributed on floor 0, and collectives anywhere but in comm/."""
     if module.part in COLLECTIVES_LIVE_IN:
         return
     pure = FLOOR_OF.get(module.part) == 0
@@ -214,7 +214,7 @@ def collectives(module: Module) -> Iterator[str]:
         if pure:
             yield f"{module.at(line)}: {name} on floor 0, which knows of no other processes"
         elif not set(words[2:3]) & HARMLESS_SUBMODULES:
-            yield f"{module.at(line)}: {name} outside comm/ and mesh.py; call zerolith.comm"
+            yield f"{module.at(line)}: {name} outside comm/; call zerolith.comm"
 
 
 # --- sizes ------------------------------------------------------------------------------------------

@@ -143,9 +143,8 @@ COLLECTIVE_SOURCES = [
 
 @pytest.mark.parametrize("source", COLLECTIVE_SOURCES)
 def test_collectives_are_found_outside_comm(tmp_path: Path, source: str) -> None:
-    house = build(tmp_path, mesh=source, comm__primitives=source, unit=source)
+    house = build(tmp_path, comm__primitives=source, unit=source)
     assert [*floors.collectives(house["zerolith.unit"])]
-    assert not [*floors.collectives(house["zerolith.mesh"])]
     assert not [*floors.collectives(house["zerolith.comm.primitives"])]
 
 

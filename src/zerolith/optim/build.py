@@ -37,9 +37,7 @@ def build_optimizer(kind: str, params: Mapping[str, Any], groups: Iterable[Any])
             )
         decoupled = name == "AdamW" or params.get("adam_w_mode", True)
         name = "AdamW" if decoupled else "Adam"
-        options = {"weight_decay": 0.0} | {
-            key: value for key, value in params.items() if key not in ADAM_ONLY
-        }
+        options = {"weight_decay": 0.0} | {key: value for key, value in params.items() if key not in ADAM_ONLY}
     if name in FUSED and not {"fused", "foreach", "differentiable"} & options.keys():
         options["fused"] = True
     return _construct(getattr(torch.optim, name), groups, options, "optimizer.params")  # type: ignore[no-any-return]
@@ -50,9 +48,7 @@ def build_scheduler(kind: str, params: Mapping[str, Any], optimizer: Optimizer) 
     schedulers = torch.optim.lr_scheduler
     names = [name for name in dir(schedulers) if _is_scheduler(getattr(schedulers, name))]
     if kind not in names:
-        raise ConfigError(
-            f"scheduler.type: {kind!r} is not in torch.optim.lr_scheduler{_nearest(kind, names)}"
-        )
+        raise ConfigError(f"scheduler.type: {kind!r} is not in torch.optim.lr_scheduler{_nearest(kind, names)}")
     return _construct(getattr(schedulers, kind), optimizer, params, "scheduler.params")  # type: ignore[no-any-return]
 
 

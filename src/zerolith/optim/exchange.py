@@ -25,9 +25,7 @@ class WholeTensors:
         ranks = range(comm.size)
         indices = range(len(section.members))
         # (slot, part of it in elements from its head), by the other rank, in an order that both ends know.
-        self.sent = [
-            self._parts(comm.rank, [i for i in indices if section.owners[i] == owner]) for owner in ranks
-        ]
+        self.sent = [self._parts(comm.rank, [i for i in indices if section.owners[i] == owner]) for owner in ranks]
         mine = [i for i in indices if section.owners[i] == comm.rank]
         self.received = [self._parts(source, mine) for source in ranks]
 

@@ -16,9 +16,7 @@ class ZeroOptimizer(Optimizer):
     `step()` is the engine's step, `zero_grad()` the engine's. Schedulers may be built on it or on `optimizer`.
     """
 
-    def __init__(
-        self, optimizer: Optimizer, *, step: Callable[[], None], zero_grad: Callable[[], None]
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, *, step: Callable[[], None], zero_grad: Callable[[], None]) -> None:
         # Not super().__init__: groups and state are the client's own objects and stay in its hands.
         self.optimizer = optimizer
         self.defaults = optimizer.defaults
@@ -64,9 +62,7 @@ class ZeroOptimizer(Optimizer):
         self.optimizer.load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        raise UsageError(
-            "parameter groups are fixed once initialize has sharded them; add the group before it"
-        )
+        raise UsageError("parameter groups are fixed once initialize has sharded them; add the group before it")
 
     def __repr__(self) -> str:
         return f"ZeroOptimizer({self.optimizer!r})"

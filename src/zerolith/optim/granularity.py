@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from zerolith.errors import OptimizerError
 from zerolith.section import Granularity
 
-ELEMENTWISE = "Adadelta Adagrad Adam AdamW Adamax ASGD NAdam RAdam RMSprop Rprop SGD".split()
-WHOLE = "Adafactor Muon".split()
+ELEMENTWISE = ["Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"]
+WHOLE = ["Adafactor", "Muon"]
 REFUSED = {
     "LBFGS": "it calls the model again within one step (a closure) and mixes all parameters; train with another",
     "SparseAdam": "gradients are dense here; use Adam",
@@ -41,9 +41,7 @@ def granularity_of(optimizer: Optimizer) -> Granularity:
         try:
             return Granularity(said)
         except ValueError:
-            raise OptimizerError(
-                f"{kind.__name__}.granularity is {said!r}; it must be 'element' or 'tensor'"
-            ) from None
+            raise OptimizerError(f"{kind.__name__}.granularity is {said!r}; it must be 'element' or 'tensor'") from None
     found = {_try_out(optimizer, options) for options in _distinct_options(optimizer)}
     return Granularity.ELEMENT if found <= {Granularity.ELEMENT} else Granularity.TENSOR
 
@@ -73,15 +71,11 @@ def _try_out(optimizer: Optimizer, options: Mapping[str, Any]) -> Granularity:
             "different shards would drift apart. Give its class the attribute granularity = 'tensor' if you know better."
         )
     halves = _train(optimizer, options, [*first.view(-1).split(12), second])
-    same = halves is not None and torch.allclose(
-        torch.cat(halves[:2]), together[0].view(-1), rtol=1e-5, atol=1e-7
-    )
+    same = halves is not None and torch.allclose(torch.cat(halves[:2]), together[0].view(-1), rtol=1e-5, atol=1e-7)
     return Granularity.ELEMENT if same else Granularity.TENSOR
 
 
-def _train(
-    optimizer: Optimizer, options: Mapping[str, Any], tensors: Sequence[Tensor]
-) -> list[Tensor] | None:
+def _train(optimizer: Optimizer, options: Mapping[str, Any], tensors: Sequence[Tensor]) -> list[Tensor] | None:
     """The tensors after three steps of a copy of `optimizer`; None if it does not take them."""
     params = [nn.Parameter(tensor.clone()) for tensor in tensors]
     clone = _clone(optimizer)

@@ -60,9 +60,7 @@ def _block_squares(own: Gradients) -> Tensor:
     squares = torch.linalg.vector_norm(shard, dim=1, dtype=dtype).double().square_()
     beyond = ~torch.isfinite(squares)  # fp32 has no room for the squares of numbers from 1e19 on
     if beyond.any():
-        squares[beyond] = (
-            shard[beyond].double().square_().sum(dim=1).nan_to_num_(nan=math.inf, posinf=math.inf)
-        )
+        squares[beyond] = shard[beyond].double().square_().sum(dim=1).nan_to_num_(nan=math.inf, posinf=math.inf)
     return squares
 
 

@@ -7,7 +7,7 @@ replaced, by flat pieces of the masters (ELEMENT) or by whole tensors (TENSOR).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from zerolith.gradients import Gradients
 from zerolith.layout import Range
 from zerolith.optim.exchange import WholeTensors
 from zerolith.section import Granularity
+
+State = dict[str, Any]  # what an optimizer keeps for one tensor: tensors and anything else
 
 
 @dataclass(eq=False)
@@ -53,7 +55,9 @@ class PartitionedOptimizer:
                 self.whole.append((own, WholeTensors(own.section, comm)))
             else:
                 self.pieces += self._cut(own)
+        given = {id(param): state for param, state in inner.state.items()}
         inner.state.clear()
+        self._carry_over(given)
         self._hand_over()
 
     def step(self, used: Sequence[Sequence[bool]]) -> None:
@@ -63,9 +67,7 @@ class PartitionedOptimizer:
         momentum and its own step count. Collective where whole tensors are exchanged.
         """
         by_section = {id(own): flags for own, flags in zip(self.gradients, used, strict=True)}
-        self.pieces = [
-            part for piece in self.pieces for part in self._by_use(piece, by_section[id(piece.gradients)])
-        ]
+        self.pieces = [part for piece in self.pieces for part in self._by_use(piece, by_section[id(piece.gradients)])]
         self._hand_over()
         for own, tensors in self.whole:
             self._set_whole_grads(own, tensors, by_section[id(own)])
@@ -97,6 +99,20 @@ class PartitionedOptimizer:
         self.pieces.clear()
         self.whole.clear()
         self.gradients.clear()
+
+    def _carry_over(self, given: Mapping[int, State]) -> None:
+        """Give pieces the state that some optimizers (Adagrad) make for their tensors when they are built."""
+        for own in self.gradients if given else ():
+            for index, member in enumerate(own.section.members):
+                state = given.get(id(member.param)) or given.get(id(member.stand_in)) or {}
+                for param, held, part in self.locate(own, index):
+                    for name, value in state.items():
+                        mine = self.inner.state[param]
+                        if _is_per_element(name, value, member.param.shape):
+                            flat = mine.setdefault(name, torch.zeros_like(param.detach())).view(-1)
+                            flat[held.start : held.stop] = value.detach().reshape(-1)[part.start : part.stop]
+                        else:
+                            mine[name] = copy.deepcopy(value)
 
     def _step_inner(self) -> None:
         self.is_stepping = True
@@ -148,7 +164,7 @@ class PartitionedOptimizer:
         state = self.inner.state.pop(piece.param, {})
         return [self._part(piece, run, state) for _, run in runs]
 
-    def _part(self, piece: Piece, run: Range, state: dict[str, Any]) -> Piece:
+    def _part(self, piece: Piece, run: Range, state: State) -> Piece:
         where = slice(run.start - piece.range.start, run.stop - piece.range.start)
         part = Piece(piece.gradients, run, piece.group, nn.Parameter(piece.param.detach()[where]))
         if state:
@@ -174,3 +190,7 @@ class PartitionedOptimizer:
                 params[own.section.layout.slots[index].group].append(param)
         for group, own_params in zip(self.inner.param_groups, params, strict=True):
             group["params"] = own_params
+
+
+def _is_per_element(name: str, value: object, shape: torch.Size) -> bool:
+    return isinstance(value, Tensor) and value.shape == shape and (value.dim() > 0 or name != "step")

@@ -116,7 +116,9 @@ def _trained(owner: Owner) -> Gradients:
 
 def _checked(param: Tensor, value: Tensor) -> Tensor:
     if value.shape != param.shape:
-        raise UsageError(f"a value of shape {tuple(value.shape)} does not fit a parameter of shape {tuple(param.shape)}")
+        raise UsageError(
+            f"a value of shape {tuple(value.shape)} does not fit a parameter of shape {tuple(param.shape)}"
+        )
     return value.detach().reshape(-1)
 
 

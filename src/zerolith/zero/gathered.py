@@ -11,9 +11,10 @@ from torch import Tensor
 
 from zerolith.comm import Comm
 from zerolith.errors import UsageError
+from zerolith.hooks import in_backward
 from zerolith.parameter import ShardedParameter
 from zerolith.zero.init import Origin
-from zerolith.zero.owners import Owner, owner_of
+from zerolith.zero.owners import owner_of
 
 
 class GatheredParameters:
@@ -59,8 +60,9 @@ class GatheredParameters:
             for origin in self._origins:
                 origin.close(source=self.modifier_rank)
             for owner in self._owners:
+                owner.place.section.drop_edits()  # those to be kept have been, on all ranks alike
                 owner.place.unit.uses -= 1
-                if owner.place.unit.uses == 0 and not torch._C._current_graph_task_id() != -1:
+                if owner.place.unit.uses == 0 and not in_backward():
                     owner.place.unit.release()
 
     @torch.no_grad()
@@ -88,5 +90,3 @@ class GatheredParameters:
                 "pass modifier_rank=0 to keep what rank 0 wrote"
             )
 
-
-__all__ = ["GatheredParameters", "Owner"]

@@ -8,6 +8,7 @@ whole at a time, plus those of modules whose constructor is still running.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -97,7 +98,7 @@ class Origin:
 
     def _is_at(self, module: nn.Module, name: str) -> bool:
         held = module._parameters.get(name)
-        return held is self.param or (held is not None and held is self.stand_in)
+        return held is not None and id(held) in (id(self.param), id(self.stand_in))
 
 
 class Init:
@@ -157,7 +158,9 @@ class Init:
     def _on_parameter(self, module: nn.Module, name: str, param: Any) -> Any:
         if param is None:
             return None
-        origin = param.origin if isinstance(param, ShardedParameter) else self._by_param.get(id(param))
+        origin = self._by_param.get(id(param))
+        if isinstance(param, ShardedParameter) and isinstance(param.origin, Origin):
+            origin = param.origin
         if origin is None:
             if self.dtype is not None and param.is_floating_point():
                 param = nn.Parameter(param.detach().to(self.dtype), requires_grad=param.requires_grad)
@@ -176,9 +179,9 @@ class Init:
                     origin.is_finished = True
         self._close_oldest()
 
-    def _close_oldest(self) -> None:
+    def _close_oldest(self, but: Sequence[object] = ()) -> None:
         """Shard finished parameters, those opened longest ago first, until few enough bytes are whole."""
-        finished = [origin for origin in self._open if origin.is_finished]
+        finished = [origin for origin in self._open if origin.is_finished and origin not in but]
         excess = sum(origin.param.nbytes for origin in finished) - OPEN_BYTES
         for origin in finished:
             if excess <= 0:
@@ -189,11 +192,11 @@ class Init:
             if origin.stand_in is not None:
                 origin.stand_in.touch = self._touch
 
-    def _touch(self, stand_in: ShardedParameter) -> Tensor:
+    def _touch(self, stand_in: ShardedParameter, together: Sequence[ShardedParameter]) -> Tensor:
         origin = stand_in.origin
         if not isinstance(origin, Origin):
             return refuse(stand_in)
         whole = origin.open()
         self._open.append(origin)
-        self._close_oldest()
+        self._close_oldest(but=[other.origin for other in together])
         return whole

@@ -71,6 +71,4 @@ def apply_remembered(model: nn.Module) -> None:
 
 
 def _matches(module: nn.Module, wanted: list[type | str]) -> bool:
-    return any(
-        isinstance(module, kind) if isinstance(kind, type) else type(module).__name__ == kind for kind in wanted
-    )
+    return any(isinstance(module, kind) if isinstance(kind, type) else type(module).__name__ == kind for kind in wanted)

@@ -1,0 +1,184 @@
+"""zero.Init: models that never exist whole are the same models."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import zerolith
+import zerolith.zero.init as init_module
+from harness import run_ranks
+from models import GPT, make_gpt, token_batches, train_plain, zero_config
+from zerolith.comm import default_comm
+from zerolith.errors import ShardedAccessError
+from zerolith.parameter import ShardedParameter
+
+
+class ParentInitialises(nn.Module):
+    """Does to its children's weights all that constructors do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 64)
+        self.attention = nn.MultiheadAttention(64, 4)  # zeroes its own child's bias
+        self.rest = nn.ModuleList(nn.Linear(64, 64) for _ in range(6))
+        nn.init.constant_(self.first.weight, 7.0)
+        with torch.no_grad():
+            self.rest[0].weight[3].zero_()  # a view of a weight that is sharded by now
+            self.rest[1].weight.add_(self.rest[0].weight)
+        self.apply(self._initialise)
+        self.rest[5].bias.data[2:4] = 5.0
+        self.out = nn.Linear(64, 64)
+        self.out.weight = self.first.weight  # tied
+
+    def _initialise(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear) and module is not self.first:
+            module.weight.data.normal_(0.0, 0.02)
+            module.weight.data[0].fill_(3.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for layer in self.rest:
+            x = torch.tanh(layer(x))
+        return self.out(x).square().mean()
+
+
+def build(factory: Callable[[], nn.Module], seed: int, *, sharded: bool) -> nn.Module:
+    torch.manual_seed(seed)
+    with zerolith.zero.Init(enabled=sharded):
+        return factory()
+
+
+def check_same_weights(factory: Callable[[], nn.Module], open_bytes: int) -> None:
+    init_module.OPEN_BYTES = open_bytes
+    plain = dict(build(factory, 0, sharded=False).named_parameters())
+    # Only rank 0's random numbers count, as everywhere.
+    model = build(factory, default_comm().rank, sharded=True)
+    names = dict(model.named_parameters())
+    assert names.keys() == plain.keys()
+    assert all(isinstance(param, ShardedParameter) for param in names.values())
+    with zerolith.zero.GatheredParameters(model.parameters()):
+        for name, param in model.named_parameters():
+            assert type(param) is nn.Parameter
+            assert torch.equal(param, plain[name]), name
+    assert all(isinstance(param, ShardedParameter) for param in model.parameters())
+
+
+@pytest.mark.parametrize("open_bytes", [0, 20_000, 1 << 30])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_constructors_find_what_they_wrote_and_keep_what_they_write(world: int, open_bytes: int) -> None:
+    run_ranks(world, check_same_weights, ParentInitialises, open_bytes)
+
+
+def train(stage: int, sharded: bool) -> tuple[list[float], dict[str, Tensor]]:
+    init_module.OPEN_BYTES = 10_000
+    model = build(GPT, 0, sharded=sharded)
+    config = zero_config(stage, optimizer={"type": "SGD", "params": {"lr": 0.05, "momentum": 0.9}})
+    engine, *_ = zerolith.initialize(model=model, config=config)
+    losses = []
+    for batch in token_batches(3, 8):
+        loss = engine(batch.chunk(engine.world_size)[engine.global_rank])
+        engine.backward(loss)
+        engine.step()
+        losses.append(float(loss))
+    params = {name: zerolith.zero.safe_get_full_fp32_param(p) for name, p in model.named_parameters()}
+    return losses, params
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_training_is_the_same_with_and_without_init(stage: int) -> None:
+    [(losses, params), _] = run_ranks(2, train, stage, True)
+    [(plain_losses, plain_params), _] = run_ranks(2, train, stage, False)
+    assert losses == plain_losses
+    assert all(torch.equal(params[name], value) for name, value in plain_params.items())
+    _, oracle = train_plain(
+        make_gpt(), token_batches(3, 8), lambda m: torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9)
+    )
+    for name, value in oracle.items():
+        torch.testing.assert_close(params[name], value, rtol=1e-4, atol=1e-6)
+
+
+def live_bytes() -> int:
+    """Bytes of the distinct storages that Python objects hold."""
+    storages = {}
+    for item in gc.get_objects():
+        if isinstance(item, Tensor) and not isinstance(item, ShardedParameter):
+            storage = item.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+class Deep(nn.Module):
+    """Sixteen equal layers; notes how much is alive whenever one is done."""
+
+    peak = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        for _ in range(16):
+            self.layers.append(nn.Linear(256, 256))
+            if len(self.layers) % 5 == 0:  # looking takes a second
+                Deep.peak = max(Deep.peak, live_bytes())
+
+
+def measure_peak() -> tuple[int, int, int]:
+    init_module.OPEN_BYTES = 256 * 256 * 4
+    before = live_bytes()
+    model = build(Deep, 0, sharded=True)
+    whole = sum(param.numel() * 4 for param in model.parameters())
+    return Deep.peak - before, live_bytes() - before, whole
+
+
+def test_a_model_four_times_larger_than_a_rank_may_hold_is_built() -> None:
+    for peak, after, whole in run_ranks(4, measure_peak):
+        layer = whole // 16
+        assert after <= 1.01 * whole / 4 + 16 * 1024  # its shards, and their padding
+        assert peak <= whole / 4 + 3 * layer
+
+
+def use_too_early(how: str) -> None:
+    model = build(lambda: nn.Linear(8, 8), 0, sharded=True)
+    uses = {
+        "compute": lambda: model(torch.zeros(1, 8)),
+        "functional": lambda: F.linear(torch.zeros(1, 8), model.weight),
+        "data": lambda: model.weight.data.fill_(1.0),
+    }
+    with pytest.raises(ShardedAccessError, match=r"Linear\.weight"):
+        uses[how]()
+
+
+@pytest.mark.parametrize("how", ["compute", "functional", "data"])
+def test_a_parameter_that_is_sharded_but_in_no_engine_refuses(how: str) -> None:
+    run_ranks(2, use_too_early, how)
+
+
+def convert_existing() -> None:
+    model = make_gpt()
+    expected = {name: param.detach().clone() for name, param in model.named_parameters()}
+    zerolith.zero.Init(module=model)
+    assert model.head.weight is model.embed.weight
+    with zerolith.zero.GatheredParameters(list(model.parameters())):
+        for name, param in model.named_parameters():
+            assert torch.equal(param, expected[name])
+
+
+def test_an_existing_module_can_be_sharded_at_once() -> None:
+    run_ranks(2, convert_existing)
+
+
+def keep_dtype() -> None:
+    with zerolith.zero.Init(dtype=torch.bfloat16):
+        model = nn.Linear(4, 4)
+    assert model.weight.dtype == torch.bfloat16
+    assert model.weight.shape == (4, 4)
+    assert model.weight.requires_grad
+
+
+def test_dtype_is_that_of_the_new_parameters() -> None:
+    run_ranks(2, keep_dtype)
