@@ -312,9 +312,8 @@ class InPlace(Chain):
         x.mul_(1.1)
         x = self.layers[1](x + 0).add_(x)
         y = self.layers[2](x)
-        F.relu_(y)
         y[0] = y[0] * 2 + x[1]
-        return y
+        return F.relu_(y)
 
 
 class Norms(Chain):
@@ -329,7 +328,7 @@ class Norms(Chain):
     def hidden(self, x: Tensor, step: int, rank: int) -> Tensor:
         for layer, norm in zip(self.layers, self.norms, strict=True):
             x = norm(layer(x))
-        return self.normed(x + self.shift)
+        return self.normed(x + self.shift.to(x.dtype))
 
 
 class Convolutions(nn.Module):

@@ -29,7 +29,7 @@ class StageBytes(NamedTuple):
 
 
 def bytes_at_stage(stage: int, *, num_parameters: int, ranks: int, precision: str) -> StageBytes:
-    """What a rank keeps between steps: stage 1 shards optimizer states, 2 gradients too, 3 parameters too."""
+    """A rank's model state when backward ends: stage 1 shards optimizer states, 2 gradients, 3 parameters too."""
     optimizer = MOMENT_BYTES + MASTER_BYTES[precision]
     return StageBytes(
         parameters=COMPUTE_BYTES[precision] * num_parameters / (ranks if stage >= 3 else 1),

@@ -14,8 +14,8 @@ from gpt.shape import GPTShape
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "zero3_bf16.json"
 PRECISIONS = ("fp32", "bf16", "fp16")
 DEFAULT_SHAPE = GPTShape()
-DEFAULT_STEPS = 700
-NUM_EVALUATIONS = 6  # while training, unless --eval-interval says otherwise
+DEFAULT_STEPS = 600
+NUM_EVALUATIONS = 5  # while training, unless --eval-interval says otherwise
 
 JSONObject = dict[str, Any]  # Any: whatever JSON holds
 
@@ -93,7 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--ranks", type=_count, help="processes to train with; starts them unless torchrun has")
     add("--steps", type=_count, default=DEFAULT_STEPS, help="optimizer steps (default: %(default)s)")
     add("--max-minutes", type=_minutes, default=5.0, help="stop earlier than this (default: %(default)s)")
-    add("--eval-interval", type=_count, help="steps between evaluations (default: a sixth of --steps)")
+    add("--eval-interval", type=_count, help="steps between evaluations (default: a fifth of --steps)")
     add("--seq-len", type=_count, default=DEFAULT_SHAPE.seq_len, help="in bytes (default: %(default)s)")
     add("--layers", type=_count, default=DEFAULT_SHAPE.layers, help="default: %(default)s")
     add("--width", type=_count, default=DEFAULT_SHAPE.width, help="default: %(default)s")

@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -45,3 +47,14 @@ def __getattr__(name: str) -> Any:  # a public name, loaded when it is first ask
     value = getattr(importlib.import_module(home), name) if home else importlib.import_module(f"zerolith.{name}")
     globals()[name] = value
     return value
+
+
+class _Package(ModuleType):
+    """Keeps `zerolith.initialize` the function, though importing the module of that name binds it here."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        is_submodule = name == "initialize" and isinstance(value, ModuleType)
+        super().__setattr__(name, getattr(value, name) if is_submodule else value)
+
+
+sys.modules[__name__].__class__ = _Package

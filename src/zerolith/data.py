@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from zerolith.errors import UsageError
+
 
 class MicroBatchSampler(Sampler[list[int]]):
-    """Index lists of one rank. Micro-batch k of an epoch is the same samples at every world size; rank k % ranks has it.
+    """Index lists of one rank, which has the micro-batches k with k % ranks == rank.
 
-    Each epoch is shuffled anew from `seed` and the epoch's number. All ranks get the same number of micro-batches:
-    what does not fill one for every rank is dropped (drop_last) or filled up from the epoch's start.
+    Micro-batch k of an epoch holds the same samples at every world size. Each epoch is shuffled anew from `seed`
+    and the epoch's number. All ranks get the same number of micro-batches: what does not fill one for every rank
+    is dropped (drop_last) or filled up from the epoch's start.
     """
 
     def __init__(
@@ -57,9 +60,18 @@ def make_loader(
     """A loader of this rank's micro-batches of `dataset`; None for None."""
     if dataset is None:
         return None
+    if not hasattr(dataset, "__len__"):
+        raise UsageError(
+            f"training_data is a {type(dataset).__name__} without a length, so it cannot be dealt out to ranks; "
+            "pass a map-style dataset, or make a loader of your own"
+        )
     sampler = MicroBatchSampler(
         len(dataset), micro_batch=micro_batch, rank=rank, num_ranks=num_ranks, drop_last=drop_last
     )
-    return DataLoader(
-        dataset, batch_sampler=sampler, collate_fn=collate_fn, pin_memory=torch.cuda.is_available()
-    )
+    if not len(sampler):
+        why = "is empty" if not len(dataset) else "is dropped as a last batch that is not full"
+        raise UsageError(
+            f"training_data of {len(dataset)} samples {why}: a step needs {micro_batch} of them on each of "
+            f"{num_ranks} ranks"
+        )
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_fn, pin_memory=torch.cuda.is_available())

@@ -60,14 +60,10 @@ class Engine(Status):
         self._micro = MicroSteps(config.gradient_accumulation_steps or 1)
         self._syncing = True
         self._in_backward = False
-        self._managed = (
-            False  # the backward under way is engine.backward's, or of a loss that scale() has seen
-        )
+        self._managed = False  # the backward under way is engine.backward's, or of a loss that scale() has seen
         self._applied = False
         self._destroyed = False
-        self._partitioned = (
-            PartitionedOptimizer(optimizer, sharded.gradients, sharded.comm) if optimizer else None
-        )
+        self._partitioned = PartitionedOptimizer(optimizer, sharded.gradients, sharded.comm) if optimizer else None
         self.basic_optimizer = optimizer
         this = weakref.ref(self)  # hooks must not keep a dropped engine alive
         sharded.reducer.before_first = lambda: _call(this, Engine._on_backward)
@@ -78,6 +74,8 @@ class Engine(Status):
             self._handles.append(optimizer.register_step_pre_hook(lambda *_: _refuse_outside(this)))
             self.optimizer = ZeroOptimizer(optimizer, step=self.step, zero_grad=self.zero_grad)
         register(sharded, self._partitioned, lambda: _terms(this))
+        self._finalizer = weakref.finalize(self, _let_go, sharded, self._partitioned, self._handles)
+        self._finalizer.atexit = False
         apply_remembered(module)
 
     # Forward and backward
@@ -102,15 +100,11 @@ class Engine(Status):
         """
         self._check_ready()
         if self._partitioned is None:
-            raise UsageError(
-                "backward() needs an optimizer; pass one to initialize or name one in the config"
-            )
+            raise UsageError("backward() needs an optimizer; pass one to initialize or name one in the config")
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise UsageError(f"backward() takes a loss of one element, not {_describe(loss)}")
         if not loss.requires_grad:
-            raise UsageError(
-                "the loss does not depend on any trainable parameter (it has requires_grad=False)"
-            )
+            raise UsageError("the loss does not depend on any trainable parameter (it has requires_grad=False)")
         steps = self._micro.per_step
         # The mean over micro-batches is taken once, at the step. A loss that is divided already is multiplied back.
         scaled = loss * (self._scaler.scale * (1 if scale_wrt_gas else steps))
@@ -224,20 +218,10 @@ class Engine(Status):
         if self._destroyed:
             return
         self._destroyed = True
-        for handle in self._handles:
-            handle.remove()
         self._sharded.detach()
-        forget(self._sharded)
-        self._sharded.comm.pool.clear()
-        if self._partitioned is not None:
-            self._partitioned.let_go()
+        self._finalizer()
         self._partitioned = self.optimizer = self.basic_optimizer = self.lr_scheduler = None
         self.training_dataloader = None
-        self._sharded.gradients.clear()
-        self._sharded.reducer.gradients.clear()
-        for section in self._sharded.sections:
-            section.grads = section.main = None
-            section.masters.clear()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -328,6 +312,25 @@ class Engine(Status):
             )
 
 
+def _let_go(sharded: ShardedModel, partitioned: PartitionedOptimizer | None, handles: list[Any]) -> None:
+    """Leave the model and the client's optimizer to themselves; also when an engine is dropped without destroy()."""
+    for handle in handles:
+        handle.remove()
+    forget(sharded)
+    if partitioned is not None:
+        partitioned.let_go()
+    if any(section.is_sharded for section in sharded.sections):
+        sharded.reducer.remove_hooks()  # forward hooks stay: they make the model whole where it is used
+    else:
+        sharded.detach()
+    sharded.comm.pool.clear()
+    sharded.gradients.clear()
+    sharded.reducer.gradients.clear()
+    for section in sharded.sections:
+        section.grads = section.main = None
+        section.masters.clear()
+
+
 def _call(this: weakref.ref[Engine], method: Any) -> None:  # an Engine method without arguments
     engine = this()
     if engine is not None:
@@ -358,8 +361,4 @@ def _watch_output(this: weakref.ref[Engine], output: Any) -> None:
 
 
 def _describe(value: object) -> str:
-    return (
-        f"a tensor of shape {tuple(value.shape)}"
-        if isinstance(value, Tensor)
-        else f"a {type(value).__name__}"
-    )
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

@@ -81,6 +81,7 @@ class Gatherer:
         self._tasks: list[int] = []  # graph tasks that are running, outermost first
         self._awaited = [0] * len(units)  # by unit: forwards whose backward has not begun
         self._keeping = False  # a backward with create_graph needs the parameters for a backward of itself
+        self._unrecorded: dict[int, int] = {}  # by module: when its last forward ended, if that was without a graph
         self._external: dict[int, list[Unit]] = {}  # by module: units of other modules that its forward needs
         self._handles: list[Any] = []  # torch's RemovableHandle
         self._hooked: set[int] = set()  # modules, by id; the model keeps them alive
@@ -166,6 +167,9 @@ class Gatherer:
         units = dict.fromkeys([*own, *self._external.get(id(module), ())])
         call = Call(list(units), now=self._tick())
         self._calls.append((module, call))
+        if in_backward() and id(module) in self._unrecorded:
+            # A reentrant checkpoint recomputes. The graph around it has passed all that came after it.
+            self._finish_later_than(self._unrecorded[id(module)], graph_task())
         for unit in call.units:
             unit.uses += 1
             self._gather(unit)
@@ -175,6 +179,10 @@ class Gatherer:
             return  # another hook failed before ours ran
         _, call = self._calls.pop()
         call.ended = self._tick()
+        if not torch.is_grad_enabled():
+            self._unrecorded[id(module)] = call.ended
+        elif not in_backward():
+            self._unrecorded.pop(id(module), None)
         tensors = list(_tensors(output))
         for unit in call.units:
             unit.uses -= 1
@@ -214,8 +222,7 @@ class Gatherer:
         call.task = task
         self._enter_task(task)
         self._open.append(call)  # first: a unit that both need is not released in between
-        for other in [other for other in self._open if other.began > call.ended]:
-            self._finish(other)
+        self._finish_later_than(call.ended, task)
         for unit in call.units:
             self._awaited[self._numbers[id(unit)]] -= 1
             self._gather(unit)
@@ -236,6 +243,10 @@ class Gatherer:
             self._tasks.remove(task)
             if not self._tasks:
                 self.end_backward()
+
+    def _finish_later_than(self, moment: int, task: int) -> None:
+        for call in [call for call in self._open if call.began > moment and call.task == task]:
+            self._finish(call)
 
     def _finish(self, call: Call) -> None:
         """`call` needs nothing any more in this backward."""

@@ -18,7 +18,7 @@ from zerolith.comm import Comm, agree, default_comm, handshake, init_distributed
 from zerolith.config import Config, load_config, resolve_batch
 from zerolith.data import make_loader
 from zerolith.engine import Engine
-from zerolith.errors import ConfigError, OptimizerError, UsageError, ZerolithError
+from zerolith.errors import ConfigError, OptimizerError, UsageError
 from zerolith.memory import keep_freed_pages
 from zerolith.optim import build_optimizer, build_scheduler, granularity_of
 from zerolith.parameter import ShardedParameter
@@ -29,6 +29,7 @@ from zerolith.sharded_model import ShardedModel
 from zerolith.wrap import WrapPolicy, find_members
 from zerolith.zero.init import Origin
 from zerolith.zero.marks import get_z3_leaf_modules
+from zerolith.zero.owners import owner_of
 
 logger = logging.getLogger("zerolith")
 
@@ -40,10 +41,13 @@ LONG_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 class _Inputs:
     """What this rank was given, checked; nothing has been sharded yet."""
 
+    model: nn.Module
     config: Config
     optimizer: Optimizer | None
     members: list[Member]
     granularity: Granularity
+    loader: Any  # a torch DataLoader, or None
+    scheduler: Any  # anything with step(), or None
 
 
 def initialize(
@@ -74,41 +78,40 @@ def initialize(
         keep_freed_pages()
     inputs, error = None, None
     try:
-        inputs = _check(args, model, optimizer, model_parameters, _only_one(args, config, config_params), comm)
-    except ZerolithError as caught:
+        source = _only_one(args, config, config_params)
+        inputs = _check(source, model, optimizer, model_parameters, training_data, lr_scheduler, collate_fn, comm)
+    except Exception as caught:  # whatever it is, the other ranks must not wait for this one
         error = caught
     agree(comm, error, doing="zerolith.initialize")
-    if inputs is None or model is None:
-        raise UsageError("initialize: some rank failed")  # agree has raised already; this is for the type checker
+    assert inputs is not None, "agree raises on every rank if any has failed"
     handshake(comm, _facts(inputs, comm))
-    engine = _assemble(model, inputs)
-    engine.training_dataloader = make_loader(
-        training_data,
-        micro_batch=engine.train_micro_batch_size_per_gpu(),
-        rank=comm.rank,
-        num_ranks=comm.size,
-        drop_last=inputs.config.dataloader_drop_last,
-        collate_fn=collate_fn,
-    )
-    engine.lr_scheduler = _scheduler(lr_scheduler, inputs.config, engine)
+    engine = _assemble(inputs)
+    engine.training_dataloader = inputs.loader
+    engine.lr_scheduler = inputs.scheduler
     if comm.rank == 0:
         logger.info("%s", engine.summary())
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 
 def _check(
-    args: Any, model: nn.Module | None, optimizer: Any, model_parameters: Any, source: Any, comm: Comm
+    source: Any,
+    model: nn.Module | None,
+    optimizer: Any,
+    model_parameters: Any,
+    training_data: Any,
+    lr_scheduler: Any,
+    collate_fn: Any,
+    comm: Comm,
 ) -> _Inputs:
+    """Everything that can be wrong on one rank alone is found here."""
     if not isinstance(model, nn.Module):
         raise UsageError(f"initialize: model must be a torch.nn.Module, not {type(model).__name__}")
     config = resolve_batch(load_config(source), comm.size)
     members = find_members(model, _member)
     _move(model, members, comm.device)
-    chosen = _optimizer(model, optimizer, model_parameters, config)
-    granularity = Granularity.ELEMENT
+    chosen = _optimizer(model, optimizer, model_parameters, config, comm)
     if chosen is not None:
-        _assign_groups(members, chosen)
-        granularity = granularity_of(chosen)
+        _assign_groups(members, chosen, comm)
         if any(float(state.get("step", 0)) > 0 for state in chosen.state.values()):
             raise OptimizerError("the optimizer has stepped already; give initialize one without state")
     elif config.zero_optimization.stage in (1, 2):
@@ -116,11 +119,28 @@ def _check(
             f"zero_optimization.stage: {config.zero_optimization.stage} shards optimizer states, but there is no "
             "optimizer; pass one to initialize or name one under optimizer.type"
         )
-    return _Inputs(config=config, optimizer=chosen, members=members, granularity=granularity)
+    return _Inputs(
+        model=model,
+        config=config,
+        optimizer=chosen,
+        members=members,
+        granularity=granularity_of(chosen) if chosen is not None else Granularity.ELEMENT,
+        loader=make_loader(
+            training_data,
+            micro_batch=config.train_micro_batch_size_per_gpu or 1,
+            rank=comm.rank,
+            num_ranks=comm.size,
+            drop_last=config.dataloader_drop_last,
+            collate_fn=collate_fn,
+        ),
+        scheduler=_scheduler(lr_scheduler, config, chosen, comm),
+    )
 
 
 def _member(name: str, param: nn.Parameter) -> Member:
     """A member for a parameter as the model holds it: plain, or sharded under construction by zero.Init."""
+    if owner_of(param) is not None:
+        raise UsageError(f"{name!r} belongs to another engine already; call destroy() on that engine first")
     if not isinstance(param, ShardedParameter):
         return Member(name=name, param=param)
     if not isinstance(param.origin, Origin):
@@ -143,22 +163,14 @@ def _only_one(args: Any, config: Any, config_params: Any) -> Any:
     given = [source for source in (from_args, config, config_params) if source is not None]
     if len(given) != 1:
         problem = "no config" if not given else "more than one config"
-        # A value, so that every rank fails together inside the agreed part.
-        return _Missing(f"initialize: {problem}; pass exactly one of config=, config_params= and --deepspeed_config")
+        raise ConfigError(f"initialize: {problem}; pass exactly one of config=, config_params= and --deepspeed_config")
     return given[0]
 
 
-@dataclass(frozen=True)
-class _Missing:
-    why: str
-
-
-def _optimizer(model: nn.Module, optimizer: Any, model_parameters: Any, config: Config) -> Optimizer | None:
+def _optimizer(model: nn.Module, optimizer: Any, model_parameters: Any, config: Config, comm: Comm) -> Optimizer | None:
     groups = list(model_parameters) if model_parameters is not None else list(model.parameters())
-    if optimizer is not None and config.optimizer is not None:
-        logger.info(
-            "an optimizer was passed and config names %r: the passed one is used", config.optimizer.type
-        )
+    if optimizer is not None and config.optimizer is not None and comm.rank == 0:
+        logger.warning("an optimizer was passed and config names %r: the passed one is used", config.optimizer.type)
     if isinstance(optimizer, Optimizer):
         return optimizer
     if callable(optimizer):
@@ -168,13 +180,21 @@ def _optimizer(model: nn.Module, optimizer: Any, model_parameters: Any, config: 
         return made
     if optimizer is not None:
         raise OptimizerError(f"initialize: optimizer is a {type(optimizer).__name__}, not a torch Optimizer")
-    if config.optimizer is None or not groups:
+    if config.optimizer is None:
         return None
-    trainable = [group for group in groups if isinstance(group, dict) or group.requires_grad]
+    trainable = [group for group in groups if isinstance(group, dict) or _tensor_of(group).requires_grad]
+    if not trainable:
+        raise ConfigError(
+            f"optimizer.type: no parameter of the model is trainable, so {config.optimizer.type!r} has none"
+        )
     return build_optimizer(config.optimizer.type, config.optimizer.params, trainable)
 
 
-def _assign_groups(members: Sequence[Member], optimizer: Optimizer) -> None:
+def _tensor_of(named: Any) -> Any:  # a tensor, or a name and a tensor
+    return named[1] if isinstance(named, tuple) else named
+
+
+def _assign_groups(members: Sequence[Member], optimizer: Optimizer, comm: Comm) -> None:
     by_id = {id(member.param): member for member in members}
     by_id |= {id(member.stand_in): member for member in members if member.stand_in is not None}
     for number, group in enumerate(optimizer.param_groups):
@@ -189,22 +209,40 @@ def _assign_groups(members: Sequence[Member], optimizer: Optimizer) -> None:
                 raise OptimizerError(f"{member.name!r} is in optimizer.param_groups {member.group} and {number}")
             member.group = number
     left = [member.name for member in members if member.param.requires_grad and member.group < 0]
-    if left:
+    if left and comm.rank == 0:
         logger.warning("trainable but in no optimizer group, so they stay as they are: %s", ", ".join(left[:5]))
 
 
 def _facts(inputs: _Inputs, comm: Comm) -> dict[str, str]:
+    """What must be the same on every rank, one line each."""
     facts = {"torch": torch.__version__, "python": platform.python_version(), "ranks": str(comm.size)}
-    raw = json.loads(json.dumps(inputs.config.raw, default=str, sort_keys=True))
-    facts |= {f"config.{key}": json.dumps(value, sort_keys=True) for key, value in raw.items()}
-    for member in inputs.members:
+    facts |= {f"config.{key}": _plain(value) for key, value in inputs.config.raw.items()}
+    for number, member in enumerate(inputs.members):
         param = member.param
-        facts[member.name] = f"{param.dtype} {tuple(param.shape)} group {member.group} trained {param.requires_grad}"
+        facts[member.name] = (
+            f"number {number}, {param.dtype} {tuple(param.shape)}, group {member.group}, trained {param.requires_grad}"
+        )
+    for name, buffer in inputs.model.named_buffers():
+        facts[f"buffer {name}"] = f"{buffer.dtype} {tuple(buffer.shape)}"
+    if inputs.optimizer is not None:
+        facts["optimizer"] = type(inputs.optimizer).__qualname__
+        for number, group in enumerate(inputs.optimizer.param_groups):
+            options = {name: value for name, value in group.items() if name not in ("params", "param_names")}
+            facts |= {f"optimizer.param_groups[{number}].{name}": _plain(value) for name, value in options.items()}
     return facts
 
 
-def _assemble(model: nn.Module, inputs: _Inputs) -> Engine:
-    config, zero = inputs.config, inputs.config.zero_optimization
+def _plain(value: Any) -> str:  # any JSON, or whatever an optimizer calls an option
+    """One line that is the same in every process; of what is no JSON, the type alone."""
+
+    def other(odd: object) -> object:
+        return odd.tolist() if isinstance(odd, torch.Tensor) else type(odd).__qualname__
+
+    return json.dumps(value, sort_keys=True, default=other)
+
+
+def _assemble(inputs: _Inputs) -> Engine:
+    model, config, zero = inputs.model, inputs.config, inputs.config.zero_optimization
     precision = _precision(config)
     comm = default_comm(reproducible=config.reproducible)
     partitioning = Partitioning.from_stage(zero.stage, reproducible=config.reproducible)
@@ -225,7 +263,7 @@ def _assemble(model: nn.Module, inputs: _Inputs) -> Engine:
         overlap=zero.overlap_comm is not False,
         prefetch=zero.stage3_prefetch_bucket_size > 0,
     )
-    return Engine(model, config, sharded, precision, _scaler(config), inputs.optimizer)
+    return Engine(model, config, sharded, precision, _scaler(config, precision), inputs.optimizer)
 
 
 def _precision(config: Config) -> Precision:
@@ -240,10 +278,9 @@ def _precision(config: Config) -> Precision:
     )
 
 
-def _scaler(config: Config) -> LossScaler:
+def _scaler(config: Config, precision: Precision) -> LossScaler:
     fp16 = config.fp16
-    autocast_fp16 = config.torch_autocast.enabled and config.torch_autocast.dtype == "float16"
-    if not fp16.enabled and not autocast_fp16:
+    if torch.float16 not in (precision.compute, precision.autocast):
         return LossScaler()
     dynamic = fp16.loss_scale == 0
     return LossScaler(
@@ -256,22 +293,23 @@ def _scaler(config: Config) -> LossScaler:
     )
 
 
-def _scheduler(lr_scheduler: Any, config: Config, engine: Engine) -> Any:
-    if lr_scheduler is None:
-        if config.scheduler is None or engine.basic_optimizer is None:
-            return None
-        return build_scheduler(config.scheduler.type, config.scheduler.params, engine.basic_optimizer)
-    if config.scheduler is not None and engine.global_rank == 0:
-        logger.info("a scheduler was passed and config names %r: the passed one is used", config.scheduler.type)
-    if not hasattr(lr_scheduler, "step"):
-        return lr_scheduler(engine.basic_optimizer)
-    driven = getattr(lr_scheduler, "optimizer", None)
-    if driven is not None and driven not in (engine.basic_optimizer, engine.optimizer):
+def _scheduler(lr_scheduler: Any, config: Config, optimizer: Optimizer | None, comm: Comm) -> Any:
+    named = config.scheduler
+    if lr_scheduler is None and named is None:
+        return None
+    if optimizer is None:
+        raise UsageError("initialize: there is a scheduler but no optimizer whose learning rate it could set")
+    if lr_scheduler is None and named is not None:
+        return build_scheduler(named.type, named.params, optimizer)
+    if named is not None and comm.rank == 0:
+        logger.warning("a scheduler was passed and config names %r: the passed one is used", named.type)
+    made = lr_scheduler if hasattr(lr_scheduler, "step") else lr_scheduler(optimizer)
+    if getattr(made, "optimizer", optimizer) is not optimizer:
         raise OptimizerError(
             "lr_scheduler drives another optimizer than the one in use, so the learning rate would never change; "
             "build it on the optimizer that you pass to initialize, or pass a function of the optimizer"
         )
-    return lr_scheduler
+    return made
 
 
 def add_config_arguments(parser: Any) -> Any:  # an argparse.ArgumentParser

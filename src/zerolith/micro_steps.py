@@ -12,9 +12,7 @@ class MicroSteps:
         self.per_step = per_step
         self.total = 0  # backwards so far
         self.since_step = 0  # backwards since the last optimizer step
-        self.after_backward = (
-            False  # a backward is over, and neither step() nor a forward nor another has begun
-        )
+        self.after_backward = False  # a backward is over, and neither step() nor a forward nor another has begun
         self.asked = False  # step() has been called since the last backward
         self.manual: bool | None = None  # set by set_gradient_accumulation_boundary
 
@@ -39,9 +37,7 @@ class MicroSteps:
         # Forwards may have run since the last backward; step() is about what that one left.
         due = self._completes(self.total)
         if self.since_step == 0 or (self.asked and not self.manual):
-            raise UsageError(
-                "step() without a backward since the last step(); call engine.backward(loss) first"
-            )
+            raise UsageError("step() without a backward since the last step(); call engine.backward(loss) first")
         self.asked = True
         self.after_backward = False
         if due:

@@ -78,7 +78,8 @@ def test_two_ranks_at_every_stage_train_what_one_process_trains(
         expected = train_plain(model, batches, make)
         trained = []
         for stage in STAGES:
-            engine = start(config_for(stage, gas=2), model=model, make_optimizer=make)
+            config = config_for(stage, gas=2, reproducible=True)
+            engine = start(config, model=model, make_optimizer=make)
             trained.append(train_engine(engine, batches))
             assert_close(trained[-1], expected, rtol=rtol)
         for stage in STAGES[1:]:

@@ -50,9 +50,7 @@ class Comm:
     Every method that moves data is collective: all ranks call it, in the same order, with the same sizes.
     """
 
-    def __init__(
-        self, group: dist.ProcessGroup | None, device: torch.device, *, reproducible: bool = False
-    ) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, device: torch.device, *, reproducible: bool = False) -> None:
         self.group = group
         self.device = device
         self.size = dist.get_world_size(group) if group is not None else 1
@@ -83,9 +81,7 @@ class Comm:
         self._note(name, "reduce_scatter", whole)
         return self._reduce(self, whole, into, fresh, name)
 
-    def all_to_all(
-        self, out: Tensor, inp: Tensor, out_splits: list[int], in_splits: list[int], *, name: str
-    ) -> None:
+    def all_to_all(self, out: Tensor, inp: Tensor, out_splits: list[int], in_splits: list[int], *, name: str) -> None:
         """Exchange ragged flat pieces: in_splits[r] elements go to rank r, out_splits[r] come from it."""
         if self.size == 1:
             out.copy_(inp)
@@ -115,9 +111,7 @@ class Comm:
         """Every rank's payload, by rank."""
         if self.size == 1:
             return [payload]
-        sizes = self.max(
-            [float(len(payload)) if rank == self.rank else 0.0 for rank in range(self.size)], name=name
-        )
+        sizes = self.max([float(len(payload)) if rank == self.rank else 0.0 for rank in range(self.size)], name=name)
         width = int(max(sizes))
         whole = torch.zeros(self.size, max(width, 1), dtype=torch.uint8, device=self.device)
         if payload:
@@ -135,15 +129,13 @@ class Comm:
         if highest == -negated_lowest:
             return
         rows = self.all_gather_bytes("\n".join(self.journal.latest()).encode(), name=name)
-        entries = {rank: row.decode().split("\n") for rank, row in enumerate(rows)}
+        entries = {rank: row.decode().splitlines() for rank, row in enumerate(rows)}
         raise CollectiveMismatchError(
             "ranks issued different collectives, so this step's result is wrong on all of them: "
             f"{self.journal.diff(entries)}. Every rank must run the same modules in the same order."
         )
 
-    def _all_reduce(
-        self, values: Sequence[float], op: Any, name: str
-    ) -> list[float]:  # op: ReduceOp is untyped
+    def _all_reduce(self, values: Sequence[float], op: Any, name: str) -> list[float]:  # op: ReduceOp is untyped
         if self.size == 1:
             return list(values)
         tensor = torch.tensor(list(values), dtype=torch.float64, device=self.device)
@@ -177,9 +169,7 @@ def _gather_by_broadcast(comm: Comm, whole: Tensor, name: str) -> Pending:
     works = []
     for rank in range(comm.size):
         piece = _piece(whole, rank, comm.size)
-        works.append(
-            _guard(name, dist.broadcast, piece, src=comm._global(rank), group=comm.group, async_op=True)
-        )
+        works.append(_guard(name, dist.broadcast, piece, src=comm._global(rank), group=comm.group, async_op=True))
     return _Pending(works, name)
 
 
@@ -213,9 +203,7 @@ def _reduce_by_ring(comm: Comm, whole: Tensor, into: Tensor, fresh: bool, name: 
 
 # torch 2.13 deprecates the *_tensor names in favour of *_single, which torch 2.11 does not have.
 _ALL_GATHER: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_REDUCE_SCATTER: Callable[..., Any] = (
-    getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-)
+_REDUCE_SCATTER: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 _Gather = Callable[[Comm, Tensor, str], Pending]
 _Reduce = Callable[[Comm, Tensor, Tensor, bool, str], Pending]

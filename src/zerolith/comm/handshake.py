@@ -6,23 +6,22 @@ import hashlib
 from collections.abc import Mapping
 
 from zerolith.comm.communicator import Comm
-from zerolith.errors import HandshakeError, ZerolithError
+from zerolith.errors import HandshakeError
 
 
-def agree(comm: Comm, error: ZerolithError | None, *, doing: str) -> None:
+def agree(comm: Comm, error: Exception | None, *, doing: str) -> None:
     """Raise on every rank if any rank brings an error.
 
     Collective. The rank that failed raises its own error; the others raise HandshakeError with its text.
     """
     if not any(comm.max([float(error is not None)], name=f"agree on {doing}")):
         return
-    texts = comm.all_gather_bytes(str(error or "").encode(), name=f"errors while {doing}")
+    text = "" if error is None else str(error) or type(error).__name__
+    texts = comm.all_gather_bytes(text.encode(), name=f"errors while {doing}")
     if error is not None:
         raise error
-    failed = {rank: text.decode() for rank, text in enumerate(texts) if text}
-    raise HandshakeError(
-        f"{doing}: " + "; ".join(f"rank {rank} failed: {text}" for rank, text in failed.items())
-    )
+    failed = [f"rank {rank} failed: {text.decode()}" for rank, text in enumerate(texts) if text]
+    raise HandshakeError(f"{doing}: " + "; ".join(failed))
 
 
 def handshake(comm: Comm, facts: Mapping[str, str]) -> None:
@@ -47,8 +46,6 @@ def _diff(rows: list[str], *, limit: int = 5) -> str:
     for name in names:
         values = [table.get(name, "(missing)") for table in tables]
         if len(set(values)) > 1:
-            lines.append(
-                f"{name}: " + ", ".join(f"rank {rank} has {value}" for rank, value in enumerate(values))
-            )
+            lines.append(f"{name}: " + ", ".join(f"rank {rank} has {value}" for rank, value in enumerate(values)))
     more = f"; and {len(lines) - limit} more" if len(lines) > limit else ""
     return "; ".join(lines[:limit]) + more

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -65,11 +65,7 @@ def init_distributed(
 
 def default_comm(*, reproducible: bool = False) -> Comm:
     """All ranks of the default process group, or one rank if there is none."""
-    device = (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     group = dist.group.WORLD if is_distributed() else None
     return Comm(group, device, reproducible=reproducible)
 

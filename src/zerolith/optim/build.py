@@ -57,7 +57,8 @@ def _construct(factory: Any, first: Any, options: Mapping[str, Any], path: str) 
     for name in options:
         if name not in known:
             raise ConfigError(
-                f"{path}.{name}: {factory.__name__} has no such parameter{_nearest(name, known)}; it takes {', '.join(known)}"
+                f"{path}.{name}: {factory.__name__} has no such parameter{_nearest(name, known)}; "
+                f"it takes {', '.join(known)}"
             )
     try:
         return factory(first, **options)

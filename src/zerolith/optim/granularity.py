@@ -68,7 +68,7 @@ def _try_out(optimizer: Optimizer, options: Mapping[str, Any]) -> Granularity:
     if alone is None or not torch.equal(alone[0], together[0]):
         raise OptimizerError(
             f"{type(optimizer).__name__} steps a parameter differently when others are there, so ranks that hold "
-            "different shards would drift apart. Give its class the attribute granularity = 'tensor' if you know better."
+            "different shards would drift apart; give its class the attribute granularity = 'tensor' if you know better"
         )
     halves = _train(optimizer, options, [*first.view(-1).split(12), second])
     same = halves is not None and torch.allclose(torch.cat(halves[:2]), together[0].view(-1), rtol=1e-5, atol=1e-7)
