@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from harness import run_ranks
 from models import differing, sgd, start_engine, whole_weights, zero_config
-from torch import Tensor, nn
 from unusual import CASES, Chain
-
 from zerolith.errors import ShardedAccessError
 from zerolith.layout import Range
 from zerolith.parameter import ShardedParameter, refuse
@@ -212,8 +212,10 @@ def load_and_step(stage: int, precision: str, optimizer: str, when: str) -> list
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_masters_follow_a_loaded_state_dict_at_every_stage(precision: str, optimizer: str, when: str) -> None:
-    for complaints in run_ranks(2, lambda: {stage: load_and_step(stage, precision, optimizer, when) for stage in STAGES}):
-        assert complaints == dict.fromkeys(STAGES, [])
+    for complaints in run_ranks(
+        2, lambda: {stage: load_and_step(stage, precision, optimizer, when) for stage in STAGES}
+    ):
+        assert complaints == {stage: [] for stage in STAGES}
 
 
 def edit_one(stage: int) -> dict[str, Any]:
@@ -286,7 +288,11 @@ def half_precision_norms(stage: int) -> list[str]:
     train(engine, 2)
     return [
         str(buffer.dtype)
-        for buffer in (engine.module.norms[0].running_mean, engine.module.norms[0].num_batches_tracked, engine.module.shift)
+        for buffer in (
+            engine.module.norms[0].running_mean,
+            engine.module.norms[0].num_batches_tracked,
+            engine.module.shift,
+        )
     ]
 
 

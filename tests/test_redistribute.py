@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from harness import run_ranks
-from models import zero_config  # noqa: F401  # loads in the parent what the ranks need
 from torch import Tensor
 
+from harness import run_ranks
+from models import zero_config  # noqa: F401  # loads in the parent what the ranks need
 from zerolith.buffer import FlatBuffer
 from zerolith.comm import default_comm
 from zerolith.layout import BLOCK, Layout, plan_layout

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from harness import run_ranks
-from models import differing, error_between, sgd, start_engine, whole_weights, zero_config
 from torch import Tensor, nn
-from unusual import CASES, Chain, Checkpointed, Compiled, ModuleOnOneRank, Output
 
 import zerolith
+from harness import run_ranks
+from models import differing, error_between, sgd, start_engine, whole_weights, zero_config
+from unusual import CASES, Chain, Checkpointed, Compiled, ModuleOnOneRank, Output
 from zerolith.errors import ShardedAccessError, UsageError
 from zerolith.parameter import ShardedParameter
 
@@ -54,7 +54,9 @@ def train_alone(model: nn.Module, make_optimizer: Optimize, data: Tensor) -> dic
     return {name: param.detach() for name, param in model.named_parameters()}
 
 
-def train_sharded(model: nn.Module, make_optimizer: Optimize, data: Tensor, config: dict[str, Any]) -> dict[str, Tensor]:
+def train_sharded(
+    model: nn.Module, make_optimizer: Optimize, data: Tensor, config: dict[str, Any]
+) -> dict[str, Tensor]:
     engine = start_engine(model, config, make_optimizer)
     for step, by_rank in enumerate(data):
         if hasattr(engine.module, "set_frozen"):
@@ -71,7 +73,7 @@ def compare_stages(make_model: Callable[[], nn.Module], stages: tuple[int, ...],
     """What is wrong at which stage; empty if nothing is."""
     torch.manual_seed(0)
     model = make_model()
-    data = inputs(torch.distributed.get_world_size())
+    data = inputs(torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
     expected = train_alone(model, make_optimizer, data)
     start = {name: param.detach().clone() for name, param in model.named_parameters()}
     assert error_between(expected, start) > 1e-3, "nothing was learned"
@@ -104,9 +106,16 @@ def test_a_module_may_run_on_one_rank_only_where_forward_does_not_communicate() 
     assert run_ranks(2, compare_stages, ModuleOnOneRank, (0, 1, 2), sgd) == [[], []]
 
 
-@pytest.mark.parametrize("case", ["used on one rank", "used twice", "external parameters", "shared, reentrant checkpoints"])
+@pytest.mark.parametrize(
+    "case", ["used on one rank", "used twice", "external parameters", "shared, reentrant checkpoints"]
+)
 def test_on_four_ranks(case: str) -> None:
     assert run_ranks(4, compare_stages, CASES[case], STAGES, sgd) == [[]] * 4
+
+
+@pytest.mark.parametrize("case", ["used in some steps", "external parameters", "reentrant checkpoint: inside"])
+def test_on_one_rank(case: str) -> None:
+    assert run_ranks(1, compare_stages, CASES[case], STAGES, sgd) == [[]]
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -162,6 +171,92 @@ def test_unfreezing_what_no_optimizer_group_holds_is_refused_by_name(stage: int)
         assert "optimizer before initialize" in message
 
 
+class Experts(nn.Module):
+    """Each rank uses another of its parts: only right where all of them are gathered together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor, *, chosen: int) -> Tensor:
+        return x + self.experts[chosen](x)
+
+
+class MixtureOfExperts(Chain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixtures = nn.ModuleList(Experts() for _ in range(2))
+
+    def hidden(self, x: Tensor, step: int, rank: int) -> Tensor:
+        for mixture in self.mixtures:
+            x = mixture(x, chosen=(step + rank) % 3)
+        return super().hidden(x, step, rank)
+
+
+def experts_by_rank() -> list[float]:
+    torch.manual_seed(0)
+    model, data = MixtureOfExperts(), inputs(2)
+    expected = train_alone(model, sgd, data)
+    leaf = {"leaf_module": {"classes": ["Experts"]}}
+    return [
+        error_between(train_sharded(model, sgd, data, config_for(stage, zero_optimization=leaf)), expected)
+        for stage in STAGES
+    ]
+
+
+def test_ranks_may_use_different_experts_of_a_leaf_module() -> None:
+    for errors in run_ranks(2, experts_by_rank):
+        assert all(error < 1e-5 for error in errors), errors
+
+
+def double(grad: Tensor) -> Tensor:
+    return 2 * grad
+
+
+def hooks_on_parameters(stage: int) -> float:
+    torch.manual_seed(0)
+    model, data = Chain(), inputs(2)
+    plain, hooked = copy.deepcopy(model), copy.deepcopy(model)
+    optimizers = [sgd(each) for each in (plain, hooked)]
+    for each in (plain, hooked):
+        each.layers[0].inner.weight.register_hook(double)
+    engine = zerolith.initialize(model=hooked, optimizer=optimizers[1], config=config_for(stage))[0]
+    for step, by_rank in enumerate(data):
+        for x in by_rank:
+            (plain(x, step, 0) / 2).backward()
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+        engine.backward(engine(by_rank[engine.global_rank], step, 0))
+        engine.step()
+    return error_between(whole_weights(engine), {name: param.detach() for name, param in plain.named_parameters()})
+
+
+def test_hooks_that_the_client_put_on_parameters_still_work() -> None:
+    for errors in run_ranks(2, lambda: [hooks_on_parameters(stage) for stage in STAGES]):
+        assert all(error < 1e-5 for error in errors), errors
+
+
+def gradient_of_inputs(stage: int) -> list[bool]:
+    """An engine that trains nothing, as a frozen teacher or a reward model."""
+    torch.manual_seed(0)
+    model = Chain()
+    x = inputs(2)[0][0].requires_grad_()
+    (expected,) = torch.autograd.grad(model(x, 0, 0), x)
+    config = config_for(stage)
+    del config["optimizer"]
+    engine = zerolith.initialize(model=copy.deepcopy(model), config=config)[0]
+    seen = []
+    for _ in range(3):
+        (got,) = torch.autograd.grad(engine(x, 0, 0), x)
+        seen.append(torch.equal(got, expected))
+    return seen
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_an_engine_without_optimizer_gives_gradients_of_its_inputs(stage: int) -> None:
+    assert run_ranks(2, gradient_of_inputs, stage) == [[True] * 3] * 2
+
+
 class Dtypes(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -178,10 +273,9 @@ def mixed_dtypes() -> list[str]:
     torch.manual_seed(0)
     model, data = Dtypes(), inputs(2)
     expected = train_alone(model, sgd, data)
-    complaints = []
-    for stage in STAGES:
+    complaints, first = [], train_sharded(model, sgd, data, config_for(0))
+    for stage in STAGES[1:]:
         got = train_sharded(model, sgd, data, config_for(stage))
-        first = got if stage == 0 else first
         complaints += [f"{name} has other bits at stage {stage}" for name in differing(got, first)]
         assert {name: value.dtype for name, value in got.items()} == {
             name: value.dtype for name, value in expected.items()
@@ -313,7 +407,11 @@ def evaluate_in_between(stage: int) -> list[str]:
             each.step()
         plain = CASES["attention"]()
         plain.load_state_dict(whole_weights(engine))
-        for where, context in {"no_grad": torch.no_grad(), "inference": torch.inference_mode(), "grad": nullcontext()}.items():
+        for where, context in {
+            "no_grad": torch.no_grad(),
+            "inference": torch.inference_mode(),
+            "grad": nullcontext(),
+        }.items():
             for module in (engine, engine.module):
                 module.eval()
                 with context:

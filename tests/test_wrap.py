@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import make_gpt
 from torch import nn
 
+from models import make_gpt
 from zerolith.section import Member
 from zerolith.wrap import UnitPlan, WrapPolicy, find_members, plan_units, split_members
 
@@ -113,7 +113,9 @@ def test_sections_hold_one_kind_each_and_are_bounded(
 
 def test_the_root_is_first_even_without_parameters() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    plans = plan_units(model, find_members(model, lambda name, param: Member(name=name, param=param)), WrapPolicy(min_numel=1))
+    plans = plan_units(
+        model, find_members(model, lambda name, param: Member(name=name, param=param)), WrapPolicy(min_numel=1)
+    )
     assert [plan.name for plan in plans] == ["root", "0", "1"]
     assert isinstance(plans[0], UnitPlan)
     assert plans[0].members == []

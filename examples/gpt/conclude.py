@@ -47,9 +47,7 @@ def conclude(report: RunFolder, settings: Settings, corpus: Corpus, finding: Fin
     )
     size = f"{finding.num_parameters / 1e6:.2f} M parameters"
     title = f"zerolith: {size}, stage {settings.stage}, {settings.precision}"
-    draw_run(
-        report.folder / "training.png", report.records, memory, title=title, bigram_loss=finding.bigram_loss
-    )
+    draw_run(report.folder / "training.png", report.records, memory, title=title, bigram_loss=finding.bigram_loss)
     report.say(verdict(finding))
     report.say(f"written to {report.folder}/")
 

@@ -87,9 +87,7 @@ class Corpus:
         split = split_paths(source_paths(root))
         training, validation = read_stream(root, split.training), read_stream(root, split.validation)
         if not training or not validation:
-            raise CorpusError(
-                f"{root} holds too few .py files to train on; use an interpreter with its sources"
-            )
+            raise CorpusError(f"{root} holds too few .py files to train on; use an interpreter with its sources")
         return cls(
             training=torch.frombuffer(bytearray(training), dtype=torch.uint8),
             validation=torch.frombuffer(bytearray(validation), dtype=torch.uint8),
@@ -127,9 +125,7 @@ def validation_batches(stream: Tensor, *, batch_size: int, seq_len: int, num_win
     available = (len(stream) - 1) // seq_len
     count = min(num_windows, available)
     if count == 0:
-        raise CorpusError(
-            f"the validation text has {len(stream)} bytes; --seq-len {seq_len} is too long for it"
-        )
+        raise CorpusError(f"the validation text has {len(stream)} bytes; --seq-len {seq_len} is too long for it")
     starts = [(window * available // count) * seq_len for window in range(count)]
     groups = [starts[first : first + batch_size] for first in range(0, count, batch_size)]
     return [cut(stream, group, seq_len=seq_len) for group in groups]

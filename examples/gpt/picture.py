@@ -36,13 +36,10 @@ def draw_losses(axes: Axes, records: Sequence[StepRecord], *, bigram_loss: float
     """Training and validation loss by step, with the baseline as a line."""
     training = [(record.step, record.loss) for record in records if record.loss is not None]
     validation = [(record.step, record.val_loss) for record in records if record.val_loss is not None]
+    label = f"validation: {validation[-1][1]:.3f} at the end"
     axes.plot(*zip(*training, strict=True), color="#4477aa", linewidth=1.2, label="training")
-    axes.plot(*zip(*validation, strict=True), "o", color="#ee8866", markersize=5, label="validation")
-    axes.axhline(
-        bigram_loss, color="#666666", linestyle="--", linewidth=1, label=f"bigram model: {bigram_loss:.3f}"
-    )
-    step, loss = validation[-1]
-    axes.annotate(f"{loss:.3f}", (step, loss), textcoords="offset points", xytext=(-4, 8), ha="right")
+    axes.plot(*zip(*validation, strict=True), "o", color="#ee8866", markersize=5, label=label)
+    axes.axhline(bigram_loss, color="#666666", linestyle="--", linewidth=1, label=f"bigram model: {bigram_loss:.3f}")
     axes.set(title="Loss", xlabel="optimizer step", ylabel="nats per byte", ylim=(0, None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
@@ -70,16 +67,12 @@ def _stack(axes: Axes, x: float, heights: StageBytes | MeasuredBytes, *, label: 
     bottom = 0.0
     for kind, colour in COLOURS.items():
         height = getattr(heights, kind) / MIB
-        axes.bar(
-            x, height, BAR_WIDTH, bottom=bottom, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5
-        )
+        axes.bar(x, height, BAR_WIDTH, bottom=bottom, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5)
         bottom += height
     axes.text(x, bottom, label, ha="center", va="bottom")
 
 
-def draw_run(
-    path: Path, records: Sequence[StepRecord], memory: Memory, *, title: str, bigram_loss: float
-) -> None:
+def draw_run(path: Path, records: Sequence[StepRecord], memory: Memory, *, title: str, bigram_loss: float) -> None:
     """Write the picture."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     draw_losses(left, records, bigram_loss=bigram_loss)

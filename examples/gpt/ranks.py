@@ -18,9 +18,7 @@ def max_over_ranks(value: float, device: torch.device) -> float:
     return _reduced([value], device, dist.ReduceOp.MAX)[0]
 
 
-def _reduced(
-    values: Sequence[float], device: torch.device, operation: dist.ReduceOp.RedOpType
-) -> list[float]:
+def _reduced(values: Sequence[float], device: torch.device, operation: dist.ReduceOp.RedOpType) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     if dist.is_initialized():
         dist.all_reduce(tensor, op=operation)

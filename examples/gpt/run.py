@@ -18,8 +18,9 @@ from gpt.model import GPT
 from gpt.ranks import max_over_ranks
 from gpt.records import MeasuredBytes
 from gpt.report import Report, RunFolder
+from gpt.schedule import schedule
 from gpt.settings import Settings
-from gpt.train import Trainer, schedule
+from gpt.train import Trainer
 from zerolith import Engine
 
 VALIDATION_BYTES = 16_384  # of the validation text, in every evaluation
@@ -34,9 +35,7 @@ def pretrain(settings: Settings, *, started: float) -> None:
     corpus = Corpus.of_standard_library()
     model = make_model(settings)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    engine, *_ = zerolith.initialize(
-        model=model, config=settings.config, lr_scheduler=schedule(settings.steps)
-    )
+    engine, *_ = zerolith.initialize(model=model, config=settings.config, lr_scheduler=schedule(settings.steps))
     is_first = engine.global_rank == 0
     report = RunFolder(settings.folder, num_steps=settings.steps) if is_first else Report()
     report.summary(f"{engine.summary()}\n\n{corpus}")
@@ -83,16 +82,12 @@ def make_model(settings: Settings) -> GPT:
     return model
 
 
-def make_trainer(
-    settings: Settings, engine: Engine, corpus: Corpus, report: Report, *, started: float
-) -> Trainer:
+def make_trainer(settings: Settings, engine: Engine, corpus: Corpus, report: Report, *, started: float) -> Trainer:
     """The training loop over this corpus; all ranks evaluate on the same windows."""
     batch_size, seq_len = engine.train_micro_batch_size_per_gpu(), settings.shape.seq_len
     return Trainer(
         engine=engine,
-        batches=TrainingBatches(
-            stream=corpus.training, batch_size=batch_size, seq_len=seq_len, seed=settings.seed
-        ),
+        batches=TrainingBatches(stream=corpus.training, batch_size=batch_size, seq_len=seq_len, seed=settings.seed),
         validation=validation_batches(
             corpus.validation,
             batch_size=batch_size,
@@ -111,4 +106,6 @@ def write_sample(engine: Engine, settings: Settings, report: Report, *, title: s
     written = generate(
         engine, SAMPLE_PROMPT, num_bytes=SAMPLE_BYTES, seq_len=settings.shape.seq_len, seed=settings.seed
     )
-    report.sample(title, written.decode("utf-8", errors="replace"))
+    text = written.decode("utf-8", errors="replace")
+    # An untrained model writes control characters too, which a terminal would obey.
+    report.sample(title, "".join(char if char.isprintable() or char in "\n\t" else "·" for char in text))

@@ -14,7 +14,7 @@ from gpt.shape import GPTShape
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "zero3_bf16.json"
 PRECISIONS = ("fp32", "bf16", "fp16")
 DEFAULT_SHAPE = GPTShape()
-DEFAULT_STEPS = 600
+DEFAULT_STEPS = 500
 NUM_EVALUATIONS = 5  # while training, unless --eval-interval says otherwise
 
 JSONObject = dict[str, Any]  # Any: whatever JSON holds

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from gpt.clock import Clock
 from gpt.data import Batch, TrainingBatches
@@ -20,21 +17,7 @@ from gpt.records import Outcome, StepRecord
 from gpt.report import Report
 from zerolith import Engine
 
-LOG_INTERVAL = 10  # steps
-WARMUP_FRACTION = 0.05
-FINAL_FRACTION = 0.05  # of the peak learning rate
-
-
-def schedule(num_steps: int) -> Callable[[Optimizer], LambdaLR]:
-    """Linear warm-up, then a cosine down to FINAL_FRACTION: a function of the step's share of `num_steps`."""
-    warmup = max(1, round(WARMUP_FRACTION * num_steps))
-
-    def factor(step: int) -> float:
-        progress = min(1.0, max(0, step - warmup) / max(1, num_steps - warmup))
-        cosine = FINAL_FRACTION + (1 - FINAL_FRACTION) * 0.5 * (1 + math.cos(math.pi * progress))
-        return min(1.0, (step + 1) / warmup) * cosine
-
-    return lambda optimizer: LambdaLR(optimizer, factor)
+LOG_INTERVAL = 5  # steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +47,7 @@ class Trainer:
             window_s = self.clock.end_window()
             loss, out_of_time = self._agree(own_loss)
             val_loss = self._evaluate() if evaluates or out_of_time else None
-            self._tell(
-                step, loss=loss, val_loss=val_loss, tokens_per_s=num_steps * self.tokens_per_step / window_s
-            )
+            self._tell(step, loss=loss, val_loss=val_loss, tokens_per_s=num_steps * self.tokens_per_step / window_s)
             if val_loss is not None and (out_of_time or step == self.num_steps):
                 speed = step * self.tokens_per_step / self.clock.training_s
                 return Outcome(step, val_loss, speed, out_of_time=step < self.num_steps)
@@ -107,9 +88,7 @@ class Trainer:
         with self.clock.paused():
             return validation_loss(self.engine, self.validation)
 
-    def _tell(
-        self, step: int, *, loss: float | None, val_loss: float | None, tokens_per_s: float | None
-    ) -> None:
+    def _tell(self, step: int, *, loss: float | None, val_loss: float | None, tokens_per_s: float | None) -> None:
         engine = self.engine
         norm = engine.get_global_grad_norm() if step else None
         self.report.record(

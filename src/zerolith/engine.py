@@ -67,7 +67,6 @@ class Engine(Status):
         self.basic_optimizer = optimizer
         this = weakref.ref(self)  # hooks must not keep a dropped engine alive
         sharded.reducer.before_first = lambda: _call(this, Engine._on_backward)
-        sharded.gatherer.begin_backward()  # a call counts as seen by backward 0, so the first one is number 1
         self._handles = [module.register_forward_hook(lambda *call: _watch_output(this, call[-1]))]
         self.optimizer = None
         if optimizer is not None:
@@ -110,7 +109,7 @@ class Engine(Status):
         scaled = loss * (self._scaler.scale * (1 if scale_wrt_gas else steps))
         self._managed = True
         self._enter_backward()
-        scaled.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        scaled.backward(retain_graph=retain_graph)
         self._leave_backward()
         return loss / steps if scale_wrt_gas else loss
 

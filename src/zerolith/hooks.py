@@ -38,10 +38,11 @@ NO_TENSORS_IN = (str, bytes, int, float, type, FunctionType, MethodType, nn.Modu
 
 def graph_task() -> int:
     """Number of the backward that autograd runs on this thread; -1 if none."""
-    return torch._C._current_graph_task_id()  # type: ignore[no-any-return]  # no public way to ask
+    return torch._C._current_graph_task_id()  # there is no public way to ask
 
 
 def in_backward() -> bool:
+    """Whether autograd is running a backward on this thread."""
     return graph_task() != -1
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from zerolith.comm import Comm, agree, default_comm, handshake, init_distributed
+from zerolith.comm import TIMEOUT, Comm, agree, default_comm, handshake, init_distributed
 from zerolith.config import Config, load_config, resolve_batch
 from zerolith.data import make_loader
 from zerolith.engine import Engine
@@ -72,7 +72,7 @@ def initialize(
     launcher it runs as one process. Raises ConfigError, OptimizerError or HandshakeError, on every rank.
     """
     if dist_init_required is not False:
-        init_distributed(**({"timeout": timeout} if timeout else {}))
+        init_distributed(timeout=timeout or TIMEOUT)
     comm = default_comm()
     if comm.device.type == "cpu":
         keep_freed_pages()
@@ -304,6 +304,8 @@ def _scheduler(lr_scheduler: Any, config: Config, optimizer: Optimizer | None, c
     if named is not None and comm.rank == 0:
         logger.warning("a scheduler was passed and config names %r: the passed one is used", named.type)
     made = lr_scheduler if hasattr(lr_scheduler, "step") else lr_scheduler(optimizer)
+    if not hasattr(made, "step"):
+        raise UsageError(f"initialize: lr_scheduler(...) returned a {type(made).__name__}, which has no step()")
     if getattr(made, "optimizer", optimizer) is not optimizer:
         raise OptimizerError(
             "lr_scheduler drives another optimizer than the one in use, so the learning rate would never change; "

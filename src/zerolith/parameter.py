@@ -58,14 +58,14 @@ class ShardedParameter(torch.Tensor):
         stand_in._is_param = True  # what nn.Parameter's isinstance test looks at
         stand_in.fqn, stand_in.local, stand_in.owned, stand_in.touch = fqn, local, owned, touch
         stand_in.gathered = stand_in.origin = None
-        return stand_in  # type: ignore[no-any-return]  # torch does not type _make_wrapper_subclass
+        return stand_in
 
     @property
     def present(self) -> Tensor:
         """The whole parameter if it is gathered, else this."""
         return self if self.gathered is None else self.gathered
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # untyped in torch
         return (
             f"ShardedParameter({self.fqn!r}, shape={tuple(self.shape)}, dtype={self.dtype}, "
             f"this rank holds [{self.owned.start}:{self.owned.stop}])"
@@ -93,7 +93,7 @@ class ShardedParameter(torch.Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares it as an instance method
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
@@ -105,6 +105,8 @@ class ShardedParameter(torch.Tensor):
     # torch.distributed.checkpoint's protocol for tensors that know their own chunks (private: torch 2.11 to 2.13).
 
     def _boxes(self) -> Iterator[tuple[Box, Tensor]]:
+        if not self.numel():  # every rank tells of it; who writes it is the planner's choice
+            yield Box((0,) * self.ndim, tuple(self.shape), 0), self.local.view(self.shape)
         for box in boxes(tuple(self.shape), self.owned):
             start = box.start - self.owned.start
             numel = torch.Size(box.sizes).numel()

@@ -15,7 +15,7 @@ from zerolith.errors import UsageError
 from zerolith.gradients import Gradients, Reducer
 from zerolith.hooks import Gatherer
 from zerolith.layout import assign_owners
-from zerolith.parameter import ShardedParameter, refuse
+from zerolith.parameter import ShardedParameter, Touch, refuse
 from zerolith.section import Granularity, Member, Plan, Section
 from zerolith.unit import Unit
 from zerolith.wrap import UnitPlan, WrapPolicy, plan_units, split_members
@@ -151,24 +151,32 @@ class ShardedModel:
 
     def _make_unit(self, plan: UnitPlan, policy: WrapPolicy, *, is_root: bool) -> Unit:
         sections = []
+        touch = self._toucher()
         buckets = split_members(plan.members, bucket_numel=policy.bucket_numel)
         for number, members in enumerate(buckets):
             section = Section(
                 members,
                 self.plan,
                 name=f"{plan.name}[{number}]",
-                touch=self._touch,
+                touch=touch,
                 granularity=self._granularity,
                 owners=assign_owners([member.param.shape for member in members], self._loads),
             )
             sections.append(section)
         return Unit(plan.name, sections, stays=is_root)
 
-    def _touch(self, stand_in: ShardedParameter, together: Sequence[ShardedParameter]) -> Tensor:
-        place = self.place_of(stand_in)
-        if place is None:
-            return refuse(stand_in)
-        return self.gatherer.touch(place.unit, stand_in, place.member.param)
+    def _toucher(self) -> Touch:
+        """What a stand-in asks for the whole parameter."""
+        this = weakref.ref(self)  # the stand-ins are ours: no cycle
+
+        def touch(stand_in: ShardedParameter, together: Sequence[ShardedParameter]) -> Tensor:
+            sharded = this()
+            place = sharded.place_of(stand_in) if sharded is not None else None
+            if sharded is None or place is None:
+                return refuse(stand_in)
+            return sharded.gatherer.touch(place.unit, stand_in, place.member.param)
+
+        return touch
 
     def _reduces_done(self) -> Callable[[Unit], None]:
         """What tells the reducer that a unit's backward is over."""

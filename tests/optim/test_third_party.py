@@ -92,6 +92,28 @@ class MatricesOnly(ThirdParty):
         param.sub_(group["lr"] * param.grad)
 
 
+class Anchored(ThirdParty):
+    """Makes its state when it is built: pulls weights back to where they began."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr)
+        for group in self.param_groups:
+            for param in group["params"]:
+                self.state[param].update(anchor=param.detach().clone(), pull=0.5, step=torch.tensor(0.0))
+
+    def update(self, param: torch.Tensor, group: dict[str, Any]) -> None:
+        state = self.state[param]
+        state["step"] += 1
+        pull = state["pull"] / state["step"]
+        param.sub_(group["lr"] * (param.grad + pull * (param - state["anchor"])))
+
+
+class AnchoredElements(Anchored):
+    """The same, and says what it needs: on trial without its state it would take no tensor."""
+
+    granularity = "element"
+
+
 def params() -> list[nn.Parameter]:
     return list(make_mlp().parameters())
 
@@ -167,7 +189,9 @@ def halves(given: list[nn.Parameter]) -> Optimizer:
     return Hybrid([{"params": given[::2], "whole": True, "lr": 0.02}, {"params": given[1::2]}])
 
 
-@pytest.mark.parametrize("make", [Lion, MatrixNormalised, halves], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [Lion, MatrixNormalised, halves, Anchored, AnchoredElements], ids=lambda make: make.__name__
+)
 def test_a_third_party_optimizer_trains_what_it_trains_on_one_process(make: Any) -> None:
     batches = make_batches(4, 2 * MICRO)
 

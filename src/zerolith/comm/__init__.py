@@ -9,9 +9,10 @@ from zerolith.comm.handshake import agree, handshake
 from zerolith.comm.journal import Journal, Traffic
 from zerolith.comm.ordered import add_into
 from zerolith.comm.pool import Pool
-from zerolith.comm.start import default_comm, init_distributed, is_distributed
+from zerolith.comm.start import TIMEOUT, default_comm, init_distributed, is_distributed
 
 __all__ = [
+    "TIMEOUT",
     "Comm",
     "Journal",
     "Pending",

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from zerolith.comm.communicator import Comm
-from zerolith.errors import ConfigError
+from zerolith.errors import ConfigError, PeerLostError
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 TIMEOUT = timedelta(minutes=10)
@@ -36,7 +36,7 @@ def init_distributed(
     when a group exists already, it does nothing: one process needs no group. `dist_backend` defaults to nccl
     with CUDA and gloo without. On a single host, sockets listen on the loopback interface only.
 
-    Collective. Raises ConfigError if the environment is only half there.
+    Collective. Raises ConfigError if the environment is only half there, PeerLostError if some rank does not come.
     """
     if is_distributed():
         return
@@ -55,12 +55,18 @@ def init_distributed(
     address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), _env_int("MASTER_PORT", 29500)
     agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     local = address in LOOPBACK or _env_int("LOCAL_WORLD_SIZE", 0) == world_size
-    with _gloo_on_loopback(enabled=local):
-        if address in LOOPBACK and not agent_store:
-            store = _loopback_store(port, rank=rank, world_size=world_size, timeout=timeout)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-        else:
-            dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+    try:
+        with _gloo_on_loopback(enabled=local):
+            if address in LOOPBACK and not agent_store:
+                store = _loopback_store(port, rank=rank, world_size=world_size, timeout=timeout)
+                dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+            else:
+                dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+    except RuntimeError as error:  # torch raises DistStoreError and other subclasses
+        raise PeerLostError(
+            f"rank {rank} of {world_size} could not join the others at {address}:{port} within "
+            f"{timeout.total_seconds():g} s: look for ranks that never started or failed before. torch says: {error}"
+        ) from error
 
 
 def default_comm(*, reproducible: bool = False) -> Comm:

@@ -40,7 +40,7 @@ def build_optimizer(kind: str, params: Mapping[str, Any], groups: Iterable[Any])
         options = {"weight_decay": 0.0} | {key: value for key, value in params.items() if key not in ADAM_ONLY}
     if name in FUSED and not {"fused", "foreach", "differentiable"} & options.keys():
         options["fused"] = True
-    return _construct(getattr(torch.optim, name), groups, options, "optimizer.params")  # type: ignore[no-any-return]
+    return _construct(getattr(torch.optim, name), groups, options, "optimizer.params")
 
 
 def build_scheduler(kind: str, params: Mapping[str, Any], optimizer: Optimizer) -> LRScheduler:
@@ -49,7 +49,7 @@ def build_scheduler(kind: str, params: Mapping[str, Any], optimizer: Optimizer) 
     names = [name for name in dir(schedulers) if _is_scheduler(getattr(schedulers, name))]
     if kind not in names:
         raise ConfigError(f"scheduler.type: {kind!r} is not in torch.optim.lr_scheduler{_nearest(kind, names)}")
-    return _construct(getattr(schedulers, kind), optimizer, params, "scheduler.params")  # type: ignore[no-any-return]
+    return _construct(getattr(schedulers, kind), optimizer, params, "scheduler.params")
 
 
 def _construct(factory: Any, first: Any, options: Mapping[str, Any], path: str) -> Any:

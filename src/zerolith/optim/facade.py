@@ -30,7 +30,7 @@ class ZeroOptimizer(Optimizer):
         return self.optimizer.param_groups
 
     @property
-    def state(self) -> Any:  # a defaultdict in torch
+    def state(self) -> Any:  # type: ignore[override]  # a defaultdict attribute in torch
         return self.optimizer.state
 
     @property
