@@ -125,6 +125,11 @@ class Gradients:
             return redistribute(self.sum.own(), self.sum, comm=self.comm, name=f"{self.section.name}.grad")
         return done()
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether what has been reduced is a whole step's sum: so where gradients rest until the last micro-batch."""
+        return self.partitioning.rests_partial
+
     def scale(self, factor: float) -> None:
         if factor != 1.0:
             self.sum.data.mul_(factor)
@@ -181,7 +186,8 @@ class Reducer:
         self.before_first: Callable[[], None] = lambda: None  # told of every gradient before it is taken
         self._sequence = Sequencer(len(self.gradients))
         self._follows = False  # whether the sequence is that of a backward that was seen
-        self._in_flight: deque[Pending] = deque()
+        self._in_flight: deque[tuple[Gradients, Pending]] = deque()
+        self._gathers: list[Pending] = []  # of sums that are complete, behind what is left of backward
         self._handles = [
             _hook(member.param, self._collector(number, index))
             for number, own in enumerate(self.gradients)
@@ -190,6 +196,7 @@ class Reducer:
 
     def begin(self, *, reducing: bool) -> None:
         """A backward begins; `reducing` says whether its gradients leave now. The same on all ranks."""
+        self._wait_for_gathers()  # what is being gathered may get another term
         self.reducing = reducing
         self._sequence.restart()
 
@@ -228,17 +235,21 @@ class Reducer:
     def finish(self) -> None:
         """Bring every sum to the optim placement. Collective."""
         self.flush()
-        for pending in [own.start_finish() for own in self.gradients]:
-            pending.wait()
+        self._gathers += [own.start_finish() for own in self.gradients]
+        self._wait_for_gathers()
 
     def wait(self) -> None:
         """Let the reduction in flight end."""
         while self._in_flight:
-            self._in_flight.popleft().wait()
+            own, pending = self._in_flight.popleft()
+            pending.wait()
+            if own.is_complete:
+                self._gathers.append(own.start_finish())
 
     def reset(self) -> None:
         """Drop everything; after an exception the collectives in flight are waited for first."""
         self.wait()
+        self._wait_for_gathers()
         for own in self.gradients:
             own.reset()
         self.partial = False
@@ -264,9 +275,14 @@ class Reducer:
     def _launch(self, number: int) -> None:
         self.wait()
         with torch.no_grad():
-            self._in_flight.append(self.gradients[number].start_reduce())
+            own = self.gradients[number]
+            self._in_flight.append((own, own.start_reduce()))
         if not self.overlap:
             self.wait()
+
+    def _wait_for_gathers(self) -> None:
+        while self._gathers:
+            self._gathers.pop().wait()
 
     def _learn_order(self) -> None:
         """Follow from now on the order in which this backward was done with sections on rank 0. Collective."""
