@@ -92,9 +92,7 @@ class Ranks:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        for left in Path("/dev/shm").glob(
-            f"deepspeed_allreduce_buffer_{os.getuid()}_{LOCALHOST}_{self._port}_*"
-        ):
+        for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_{LOCALHOST}_{self._port}_*"):
             left.unlink(missing_ok=True)
 
     def _spawn(self, rank: int) -> subprocess.Popen[str]:

@@ -57,9 +57,7 @@ def turn_order(engines: Sequence[str], round_index: int) -> list[str]:
     return order[::-1] if lap % 2 else order
 
 
-def run(
-    fleet: Fleet, jobs: Sequence[Job], *, num_rounds: int, chunk: int, say: Callable[[str], None]
-) -> Record:
+def run(fleet: Fleet, jobs: Sequence[Job], *, num_rounds: int, chunk: int, say: Callable[[str], None]) -> Record:
     """Starts the engines one after the other, then hands out turns of `chunk` steps."""
     starts = {}
     for job in jobs:

@@ -18,9 +18,7 @@ class Shape:
 
 
 SIZES = {
-    "tiny": Shape(
-        layers=2, width=64, heads=2, vocab=512, positions=128
-    ),  # to try the harness, not to compare
+    "tiny": Shape(layers=2, width=64, heads=2, vocab=512, positions=128),  # to try the harness, not to compare
     "25m": Shape(layers=6, width=512, heads=8, vocab=12288, positions=256),
     "125m": Shape(layers=12, width=768, heads=12, vocab=50304, positions=1024),
 }

@@ -153,10 +153,7 @@ def _cells(row: Row) -> list[str]:
         row.engine,
         f"{row.tokens_per_s:.0f}",
         f"{row.ratio.median:.2f} ({row.ratio.p10:.2f}-{row.ratio.p90:.2f})",
-        *(
-            f"{value:.0f}"
-            for value in (row.wall_ms, row.forward_ms, row.backward_ms, row.step_ms, row.cpu_ms)
-        ),
+        *(f"{value:.0f}" for value in (row.wall_ms, row.forward_ms, row.backward_ms, row.step_ms, row.cpu_ms)),
         f"{row.peak_mb:.0f}",
         _or_dash(row.peak_ratio, ".2f"),
         f"{row.steady_mb:.0f}",

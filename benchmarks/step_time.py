@@ -150,9 +150,7 @@ def notes_on(plan: Plan, record: Record, machine: dict[str, object]) -> list[str
     return notes
 
 
-def describe(
-    plan: Plan, arguments: argparse.Namespace, record: Record, argv: Sequence[str]
-) -> dict[str, object]:
+def describe(plan: Plan, arguments: argparse.Namespace, record: Record, argv: Sequence[str]) -> dict[str, object]:
     """Everything in a result but the numbers."""
     settings = {name: getattr(arguments, name) for name in ("world", "threads", "steps", "chunk", "warmup")}
     job = plan.jobs[0]
@@ -193,9 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(str(error))
             return 1
     tokens = arguments.micro_batch * arguments.seq
-    rows = report.summarise(
-        record, baseline=plan.baseline, warmup_rounds=plan.warmup_rounds, tokens_per_rank=tokens
-    )
+    rows = report.summarise(record, baseline=plan.baseline, warmup_rounds=plan.warmup_rounds, tokens_per_rank=tokens)
     result = describe(plan, arguments, record, argv)
     stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
     default = RESULTS / f"{stamp}-{arguments.size}-{arguments.dtype}-w{arguments.world}.json"

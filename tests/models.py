@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 import zerolith
 
 zerolith.initialize  # noqa: B018  # loaded now, for the same reason
+gc.collect()
+gc.freeze()  # collections in forked ranks need not go through, and thereby copy, what the parent has loaded
 
 
 class Block(nn.Module):

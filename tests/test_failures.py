@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
+import re
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -31,7 +31,7 @@ from plain import (
 from zerolith.comm import Comm
 from zerolith.errors import CollectiveMismatchError, DistributedError, PeerLostError
 
-BOUND_S = 30.0  # far more than a failure takes, far less than the timeout of a collective
+LIMIT_S = 60.0  # in which ranks must be done: far more than a failure takes, a tenth of a collective's timeout
 
 
 def sgd(params: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -142,25 +142,23 @@ class DiesInForward(nn.Module):
 def test_when_a_rank_dies_in_a_step_the_others_raise_soon(stage: int) -> None:
     batches = make_batches(2, 3 * MICRO)
 
-    def body() -> tuple[str, str, float]:
+    def body() -> tuple[str, str]:
         engine = start(config_for(stage), model=DiesInForward(), make_optimizer=sgd)
         step_each(engine, engine.optimizer, list(my_micro_batches(batches[0])))
-        began = time.monotonic()
         try:
             step_each(engine, engine.optimizer, list(my_micro_batches(batches[1])))
         except DistributedError as error:
-            return type(error).__name__, str(error), time.monotonic() - began
-        return "", "", 0.0
+            return type(error).__name__, str(error)
+        return "", ""
 
-    outcomes = run_ranks_raw(3, body, timeout_s=60)
+    outcomes = run_ranks_raw(3, body, timeout_s=LIMIT_S)
     assert not outcomes[1][0]
     for rank in (0, 2):
-        succeeded, (kind, text, took_s) = outcomes[rank]
+        succeeded, (kind, text) = outcomes[rank]
         assert succeeded
         assert kind == PeerLostError.__name__
         assert "another rank died" in text
-        assert "0" in text  # names the collective, such as root[0].grad
-        assert took_s < BOUND_S
+        assert re.search(r"the collective '[^']+' failed", text)
 
 
 def test_when_a_rank_raises_and_ends_the_others_raise_soon() -> None:
@@ -176,7 +174,7 @@ def test_when_a_rank_raises_and_ends_the_others_raise_soon() -> None:
             return str(error)
         return ""
 
-    (done, text), (other_done, trace) = run_ranks_raw(2, body, timeout_s=60)
+    (done, text), (other_done, trace) = run_ranks_raw(2, body, timeout_s=LIMIT_S)
     assert done
     assert "look for the first error in the other ranks' logs" in text
     assert not other_done
@@ -189,15 +187,13 @@ def test_when_a_rank_never_comes_initialize_gives_up_after_the_timeout() -> None
         os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
         if os.environ["RANK"] == "1":
             return "stayed away"
-        began = time.monotonic()
         try:
             zerolith.initialize(model=make_mlp(), config=config_for(0), timeout=timedelta(seconds=2))
         except PeerLostError as error:
-            assert time.monotonic() - began < BOUND_S
             return str(error)
         return ""
 
-    first, second = run_ranks(2, body)
+    first, second = run_ranks(2, body, timeout_s=LIMIT_S)
     assert second == "stayed away"
     assert "rank 0 of 2 could not join the others at 127.0.0.1:" in first
     assert "within 2 s" in first

@@ -52,10 +52,7 @@ class Entry:
 
 
 def _stages(prefix: str, adapter: str, library: str) -> dict[str, Entry]:
-    return {
-        f"{prefix}{stage}": Entry(adapter=adapter, library=library, options={"stage": stage})
-        for stage in range(4)
-    }
+    return {f"{prefix}{stage}": Entry(adapter=adapter, library=library, options={"stage": stage}) for stage in range(4)}
 
 
 ENGINES: dict[str, Entry] = {

@@ -20,7 +20,5 @@ def rendezvous(device: torch.device) -> None:
 def build(job: Job, model: nn.Module, device: torch.device, *, stage: int) -> JsonEngine:
     """Collective. Its first call ever compiles FusedAdam, for a minute or more."""
     deepspeed = importlib.import_module("deepspeed")
-    engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=model.parameters(), config=config(job, stage=stage)
-    )
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config(job, stage=stage))
     return JsonEngine(engine)

@@ -17,9 +17,7 @@ BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 class TorchEngine:
     """Any module and any torch optimizer; autocast where a dtype is given."""
 
-    def __init__(
-        self, model: nn.Module, job: Job, device: torch.device, *, autocast: torch.dtype | None
-    ) -> None:
+    def __init__(self, model: nn.Module, job: Job, device: torch.device, *, autocast: torch.dtype | None) -> None:
         self.model = model
         self.device = device
         self.autocast = autocast

@@ -1,7 +1,7 @@
 """Zerolith trains PyTorch models that do not fit when every rank keeps a whole copy.
 
-    engine, optimizer, loader, scheduler = zerolith.initialize(model=model, config="config.json")
-    loss = engine(x); engine.backward(loss); engine.step()
+engine, optimizer, loader, scheduler = zerolith.initialize(model=model, config="config.json")
+loss = engine(x); engine.backward(loss); engine.step()
 """
 
 from __future__ import annotations

@@ -204,8 +204,11 @@ class Gatherer:
             call.units.append(unit)
             unit.uses += 1
             self.add_external(module, unit)
-            logger.info("parameters of %s are used by a %s, which keeps them whole from now on",
-                        unit.name, type(module).__name__)
+            logger.info(
+                "parameters of %s are used by a %s, which keeps them whole from now on",
+                unit.name,
+                type(module).__name__,
+            )
 
     def _await_backward(self, call: Call, outputs: list[Tensor]) -> None:
         # Not leaves: hooks on them outlive this forward, and no module's backward lies behind them.

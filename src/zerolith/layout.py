@@ -169,8 +169,7 @@ def boxes(shape: tuple[int, ...], flat: Range) -> list[Box]:
 def _in_row(shape: tuple[int, ...], index: int, flat: Range) -> list[Box]:
     head = index * math.prod(shape[1:])
     return [
-        Box((index, *box.offsets), (1, *box.sizes), head + box.start)
-        for box in boxes(shape[1:], flat.shift(-head))
+        Box((index, *box.offsets), (1, *box.sizes), head + box.start) for box in boxes(shape[1:], flat.shift(-head))
     ]
 
 

@@ -9,9 +9,7 @@ from zerolith.comm import Comm, Pending, done
 from zerolith.partitioning import PARTIAL, REPLICATE, SHARD, Placement
 
 
-def redistribute(
-    source: FlatBuffer, target: FlatBuffer, *, comm: Comm, name: str, fresh: bool = True
-) -> Pending:
+def redistribute(source: FlatBuffer, target: FlatBuffer, *, comm: Comm, name: str, fresh: bool = True) -> Pending:
     """Bring `target` to hold `source`'s content in its own placement and dtype; equal placements cost a copy.
 
     PARTIAL sources are summed over ranks; with `fresh=False` that sum is added to what `target` holds. Both

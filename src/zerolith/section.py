@@ -203,9 +203,7 @@ class Section:
     def _pack(self) -> FlatBuffer:
         """All members side by side with rank 0's values, REPLICATE, in their own dtype."""
         comm, first = self.plan.comm, self.members[0].param
-        packed = FlatBuffer.zeros(
-            self.layout, REPLICATE, rank=comm.rank, dtype=first.dtype, device=comm.device
-        )
+        packed = FlatBuffer.zeros(self.layout, REPLICATE, rank=comm.rank, dtype=first.dtype, device=comm.device)
         with torch.no_grad():
             for index, member in enumerate(self.members):
                 packed.slot(index).copy_(member.whole() if member.whole else member.param)

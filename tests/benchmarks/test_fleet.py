@@ -19,9 +19,7 @@ def host(folder: Path, script: str, *, seconds: float = 20.0) -> Host:
     python = folder / "python"
     python.write_text("#!/bin/sh\n" + script)
     python.chmod(0o755)
-    return Host(
-        world=2, pythons={"": str(python)}, threads=1, logs=folder, deadline=time.monotonic() + seconds
-    )
+    return Host(world=2, pythons={"": str(python)}, threads=1, logs=folder, deadline=time.monotonic() + seconds)
 
 
 def test_answers_come_in_rank_order(tmp_path: Path) -> None:

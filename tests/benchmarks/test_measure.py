@@ -37,9 +37,7 @@ def test_peak_is_at_least_what_is_resident() -> None:
 
 def test_busy_time_leaves_out_idle_and_waiting() -> None:
     ticks = os.sysconf("SC_CLK_TCK")
-    stat = (
-        f"cpu  {ticks} {2 * ticks} {3 * ticks} 1000 1000 {4 * ticks} {5 * ticks} 0 0 0\ncpu0 1 1 1 1 1 1 1\n"
-    )
+    stat = f"cpu  {ticks} {2 * ticks} {3 * ticks} 1000 1000 {4 * ticks} {5 * ticks} 0 0 0\ncpu0 1 1 1 1 1 1 1\n"
     assert parse_busy_s(stat) == 15
 
 

@@ -48,8 +48,7 @@ def record() -> Record:
     """ddp and zero1; round 0 is warm-up; round 3 is twice as slow for both, as on a machine with a guest."""
     start = {"rendezvous_s": 0.5, "build_s": 1.0, "device": "cpu"}
     starts = {
-        name: Start(engine=name, seconds=9.0, answers=[start, {**start, "build_s": 2.0}])
-        for name in ("ddp", "zero1")
+        name: Start(engine=name, seconds=9.0, answers=[start, {**start, "build_s": 2.0}]) for name in ("ddp", "zero1")
     }
     ddp = [5000.0, 100.0, 100.0, 200.0]
     zero1 = [7000.0, 80.0, 80.0, 160.0]
@@ -136,10 +135,7 @@ def test_the_table_has_a_cell_for_every_heading() -> None:
 def test_what_was_not_measured_is_a_dash() -> None:
     """Four steps are too few for the loss at step 8; without ddp there is no ratio to its memory."""
     row = replace(rows()[0], peak_ratio=None, wire_mb=None)
-    cells = [
-        cell.strip()
-        for cell in markdown([row], baseline="ddp", title="", notes=[]).splitlines()[4].split("|")
-    ]
+    cells = [cell.strip() for cell in markdown([row], baseline="ddp", title="", notes=[]).splitlines()[4].split("|")]
     assert cells.count("-") == 3
 
 

@@ -93,8 +93,6 @@ def test_a_reader_that_stops_early_is_no_error():
 
 
 def test_the_commands_import_no_torch():
-    program = (
-        "import sys, zerolith.cli as cli; cli.main(['config', 'docs']); sys.exit('torch' in sys.modules)"
-    )
+    program = "import sys, zerolith.cli as cli; cli.main(['config', 'docs']); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.DEVNULL, timeout=60)
     assert done.returncode == 0

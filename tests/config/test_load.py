@@ -172,9 +172,7 @@ def test_auto_means_the_default_where_allowed():
 
 def test_comments_and_trailing_commas_are_read(tmp_path):
     path = tmp_path / "c.json"
-    path.write_text(
-        '{ // one\n "log_level": "http://x/*y*/,}#", /* two\n */ "fp16": {"enabled": true,},\n# three\n}'
-    )
+    path.write_text('{ // one\n "log_level": "http://x/*y*/,}#", /* two\n */ "fp16": {"enabled": true,},\n# three\n}')
     config = load_config(path)
     assert config.fp16.enabled
     assert config.raw["log_level"] == "http://x/*y*/,}#"

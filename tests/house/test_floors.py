@@ -80,9 +80,7 @@ def test_a_package_is_on_one_floor_with_all_that_is_in_it(tmp_path: Path, source
 
 
 def test_on_one_floor_only_earlier_parts_may_be_imported(tmp_path: Path) -> None:
-    house = build(
-        tmp_path, layout="from .partitioning import x", partitioning="from .errors import y", errors=""
-    )
+    house = build(tmp_path, layout="from .partitioning import x", partitioning="from .errors import y", errors="")
     assert [*floors.upward_imports(house, house["zerolith.layout"])]
     assert not [*floors.upward_imports(house, house["zerolith.partitioning"])]
 
@@ -94,9 +92,7 @@ def test_downward_and_outside_imports_are_free(tmp_path: Path) -> None:
 
 
 def test_the_roof_shows_public_names_only(tmp_path: Path) -> None:
-    house = build(
-        tmp_path, roof="from .unit import Unit, _Phase\nfrom __future__ import annotations", unit=""
-    )
+    house = build(tmp_path, roof="from .unit import Unit, _Phase\nfrom __future__ import annotations", unit="")
     (finding,) = floors.upward_imports(house, house["zerolith"])
     assert "zerolith.unit._Phase is private" in finding
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+KEPT_BYTES = 64 * 2**20  # larger ones would sit beside the activations, where a step's peak is
+
 
 class Pool:
     """Free flat tensors by (size, dtype, device). Contents are undefined; at most `keep` of a kind are kept."""
@@ -21,7 +23,7 @@ class Pool:
     def give(self, tensor: Tensor) -> None:
         """Hand `tensor` back; the caller must not use it any more."""
         free = self._free.setdefault((tensor.numel(), tensor.dtype, tensor.device), [])
-        if len(free) < self.keep:
+        if len(free) < self.keep and tensor.nbytes <= KEPT_BYTES:
             free.append(tensor)
 
     def clear(self) -> None:

@@ -20,8 +20,7 @@ def resolve_batch(config: Config, dp_world_size: int) -> Config:
     if micro is None:
         if total is None:
             raise ConfigError(
-                "neither train_batch_size nor train_micro_batch_size_per_gpu is set; "
-                f"set one of them ({_RULE})"
+                f"neither train_batch_size nor train_micro_batch_size_per_gpu is set; set one of them ({_RULE})"
             )
         steps = steps or 1
         micro = total // (steps * dp_world_size)

@@ -133,9 +133,7 @@ def _known_sections(paths: Mapping[str, Key]) -> dict[str, tuple[str, ...]]:
 KEYS: Final[Mapping[str, Key]] = _known_keys()
 SECTIONS: Final[Mapping[str, tuple[str, ...]]] = _known_sections(KEYS)
 TYPED_SECTIONS: Final[Mapping[str, str]] = {  # those that the schema reads, with their meaning
-    path: str(_section_of(field.annotation).__doc__)
-    for path, field, schema in _fields(Config, "")
-    if not schema
+    path: str(_section_of(field.annotation).__doc__) for path, field, schema in _fields(Config, "") if not schema
 }
 NAMED_SECTIONS: Final = frozenset(path.rpartition(".")[0] for path, key in KEYS.items() if key.required)
 

@@ -69,9 +69,7 @@ class Optimizer(Section):
     @model_validator(mode="after")
     def _clipping_lives_elsewhere(self) -> "Optimizer":
         if "max_grad_norm" in self.params:
-            raise ValueError(
-                "optimizer.params.max_grad_norm is not ours; move its value to gradient_clipping"
-            )
+            raise ValueError("optimizer.params.max_grad_norm is not ours; move its value to gradient_clipping")
         return self
 
 
@@ -127,9 +125,7 @@ class DataTypes(Section):
 class LeafModule(Section):
     """Modules gathered as one piece at stage 3."""
 
-    classes: Annotated[Names, doc("Classes gathered whole with all inside; absent ones are no error.")] = (
-        MOE_BLOCKS
-    )
+    classes: Annotated[Names, doc("Classes gathered whole with all inside; absent ones are no error.")] = MOE_BLOCKS
     names: Annotated[Names, doc("Module paths gathered whole.")] = ()
     name_suffixes: Annotated[Names, doc("Endings of module paths gathered whole.")] = ()
 
@@ -165,15 +161,9 @@ class Config(Section):
     """Everything that a run is told, checked; `resolve_batch` fills the three batch numbers."""
 
     train_batch_size: Annotated[Count | None, doc("Samples per optimizer step over all ranks.")] = None
-    train_micro_batch_size_per_gpu: Annotated[
-        Count | None, doc("Samples per rank in one forward and backward.")
-    ] = None
-    gradient_accumulation_steps: Annotated[
-        Count | None, doc("Micro-batches per rank in one optimizer step.")
-    ] = None
-    gradient_clipping: Annotated[
-        float, doc("Scale gradients down to this global 2-norm; 0 does not clip.", ge=0)
-    ] = 1.0
+    train_micro_batch_size_per_gpu: Annotated[Count | None, doc("Samples per rank in one forward and backward.")] = None
+    gradient_accumulation_steps: Annotated[Count | None, doc("Micro-batches per rank in one optimizer step.")] = None
+    gradient_clipping: Annotated[float, doc("Scale gradients down to this global 2-norm; 0 does not clip.", ge=0)] = 1.0
     communication_data_type: Annotated[
         ShortDtype | None, doc("Dtype of gradients on the wire; null is the compute dtype.")
     ] = None
@@ -181,9 +171,7 @@ class Config(Section):
         StepsOrNever, doc("Optimizer steps between progress lines; null and Infinity print none.")
     ] = None
     dataloader_drop_last: Annotated[bool, doc("Drop a last batch that is not full.")] = False
-    reproducible: Annotated[
-        bool, doc("The same bits at every stage and world size, at some cost in speed.")
-    ] = False
+    reproducible: Annotated[bool, doc("The same bits at every stage and world size, at some cost in speed.")] = False
     fingerprint_interval: Annotated[
         int, doc("Optimizer steps between checks that ranks communicate alike; 0 is off.", ge=0, le=MAX_INT)
     ] = 1

@@ -94,7 +94,7 @@ class PartitionedOptimizer:
     def let_go(self) -> None:
         """Give the optimizer back as it came: over the client's tensors, without state."""
         self.inner.state.clear()
-        for group, params in zip(self.inner.param_groups, self._given, strict=True):
+        for group, params in zip(self.inner.param_groups, self._given, strict=False):  # groups added since stay
             group["params"] = params
         self.pieces.clear()
         self.whole.clear()

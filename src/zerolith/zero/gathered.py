@@ -89,4 +89,3 @@ class GatheredParameters:
                 f"GatheredParameters: {', '.join(names[:5])} edited, but without modifier_rank the edit would be lost; "
                 "pass modifier_rank=0 to keep what rank 0 wrote"
             )
-
