@@ -68,6 +68,9 @@ _ENGINE = (
     Group("", _LATER, "experts are not split over ranks", {"use_data_before_expert_parallelism": False}),
     Group("timers.throughput", _HINT, "throughput is not timed", {"enabled": True, "synchronized": True}),
     Group("optimizer", _HINT, "fused arithmetic is chosen by device", {"legacy_fusion": False}),
+    Group("torch_autocast", _LATER, "communication_data_type decides for all gradients", {
+        "lower_precision_safe_modules": OneOf((None,)),
+    }),
     Group("fp16", _LATER, "master weights are fp32", {"fp16_master_weights_and_grads": False}),
     Group("bf16", _LATER, "master weights and optimizer states are fp32", {
         "bf16_master_weights_and_grads": False, "bf16_optimizer_states": False}),

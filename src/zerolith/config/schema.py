@@ -109,9 +109,6 @@ class TorchAutocast(Section):
     dtype: Annotated[
         Literal["bfloat16", "float16"] | None, doc("Autocast dtype; null is torch's default for the device.")
     ] = None
-    lower_precision_safe_modules: Annotated[
-        Names | None, doc("Classes whose gradients travel in `dtype`; null is Linear and Conv1d to Conv3d.")
-    ] = None
 
 
 class DataTypes(Section):
