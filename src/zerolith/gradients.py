@@ -196,7 +196,7 @@ class Reducer:
 
     def begin(self, *, reducing: bool) -> None:
         """A backward begins; `reducing` says whether its gradients leave now. The same on all ranks."""
-        self._wait_for_gathers()  # what is being gathered may get another term
+        self.wait_for_gathers()  # what is being gathered may get another term
         self.reducing = reducing
         self._sequence.restart()
 
@@ -228,6 +228,8 @@ class Reducer:
             # What came after its section was reduced: a module that runs in two parts of reentrant checkpointing
             # leaves a second term. That is so on every rank, since all of them run the same modules.
             if own.term is not None:
+                self.wait()
+                self.wait_for_gathers()  # its first sum may be on its way
                 self._launch(number)
         self.wait()
         self.partial = False
@@ -236,7 +238,7 @@ class Reducer:
         """Bring every sum to the optim placement. Collective."""
         self.flush()
         self._gathers += [own.start_finish() for own in self.gradients]
-        self._wait_for_gathers()
+        self.wait_for_gathers()
 
     def wait(self) -> None:
         """Let the reduction in flight end."""
@@ -248,8 +250,9 @@ class Reducer:
 
     def reset(self) -> None:
         """Drop everything; after an exception the collectives in flight are waited for first."""
-        self.wait()
-        self._wait_for_gathers()
+        while self._in_flight:
+            self._in_flight.popleft()[1].wait()
+        self.wait_for_gathers()
         for own in self.gradients:
             own.reset()
         self.partial = False
@@ -280,7 +283,8 @@ class Reducer:
         if not self.overlap:
             self.wait()
 
-    def _wait_for_gathers(self) -> None:
+    def wait_for_gathers(self) -> None:
+        """Let the sums that are on their way to the optim placement arrive."""
         while self._gathers:
             self._gathers.pop().wait()
 

@@ -111,9 +111,11 @@ class Gatherer:
         return param
 
     def begin_backward(self) -> None:
-        self._open.clear()
-        self._tasks.clear()
-        self._backward_order.restart()
+        """A backward begins, or has begun with a tensor whose hook came before this call."""
+        if graph_task() not in self._tasks:
+            self._open.clear()
+            self._tasks.clear()
+            self._backward_order.restart()
 
     def end_backward(self) -> None:
         """Release every unit: nothing needs whole parameters between backward and the next forward."""
@@ -165,6 +167,8 @@ class Gatherer:
     def _pre_forward(self, own: list[Unit], module: nn.Module) -> None:
         if not self._calls and not in_backward():
             self._forward_order.restart()
+            self._open.clear()  # of a backward that failed
+            self._tasks.clear()
         units = dict.fromkeys([*own, *self._external.get(id(module), ())])
         call = Call(list(units), now=self._tick())
         self._calls.append((module, call))

@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -281,6 +281,7 @@ values = st.recursive(
 
 
 @settings(deadline=None)
+@example({"optimizer": {"\x85": None}}, False)  # a line break in a key
 @given(st.dictionaries(names, values, max_size=6), st.booleans())
 def test_random_dicts_load_or_raise_config_error(raw, allow_auto):
     assert len(outcome(raw, allow_auto=allow_auto).splitlines()) <= 1

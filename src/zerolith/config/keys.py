@@ -155,6 +155,6 @@ def suggest(section: str, name: str) -> str:
     if near:
         return f"did you mean {near[0]!r}?"
     if section in NAMED_SECTIONS:
-        return f"if it is an argument, it belongs at '{section}.params.{name}'"
+        return f"if it is an argument, it belongs at {join(section, f'params.{name}')!r}"
     anywhere = get_close_matches(name, sorted({path.rpartition(".")[2] for path in KEYS}), n=1, cutoff=0.75)
     return f"did you mean {_homes(anywhere[0])[0]!r}?" if anywhere else remedy

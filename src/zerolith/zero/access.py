@@ -144,8 +144,11 @@ def _state_parts(owner: Owner, key: str) -> Iterator[Part]:
 
 
 def _grad_parts(owner: Owner, own: Gradients) -> list[Part]:
-    """Of the shard, which is right before the step at every stage."""
+    """All that is right on this rank before the step: the shard, or the whole where it is gathered already."""
+    owner.sharded.reducer.wait_for_gathers()
     layout, index = own.section.layout, owner.place.index
+    if own.gathered and own.sum.placement is REPLICATE:
+        return [(own.sum.slot(index).view(-1), Range(0, layout.slots[index].numel))]
     part = layout.owned(index, own.comm.rank)
     return [(own.sum.at(part.shift(layout.slots[index].start)), part)] if part.numel else []
 
