@@ -164,11 +164,11 @@ MANY_UNITS = {"stage3_param_persistence_threshold": 20}
 
 
 def test_thirty_steps_leave_nothing_behind() -> None:
-    """But a number or two that gloo's threads have not let go of yet."""
+    """But a few numbers that gloo's threads have not let go of yet: less than anything kept in each step."""
     for by_stage in run_ranks(2, lambda: {stage: growth_over_steps(stage) for stage in STAGES}):
         for stage, (num_bytes, num_objects) in by_stage.items():
-            assert num_bytes <= 64, f"stage {stage} keeps {num_bytes} bytes more after 30 steps"
-            assert num_objects < 100, f"stage {stage} keeps {num_objects} objects more after 30 steps"
+            assert num_bytes < 30 * 32, f"stage {stage} keeps {num_bytes} bytes more after 30 steps"
+            assert num_objects < 3 * 30, f"stage {stage} keeps {num_objects} objects more after 30 steps"
 
 
 # --- units in flight --------------------------------------------------------------------------------
