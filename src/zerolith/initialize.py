@@ -114,7 +114,7 @@ def _check(
         _assign_groups(members, chosen, comm)
         if any(float(state.get("step", 0)) > 0 for state in chosen.state.values()):
             raise OptimizerError("the optimizer has stepped already; give initialize one without state")
-    elif config.zero_optimization.stage in (1, 2):
+    elif Partitioning.from_stage(config.zero_optimization.stage).shards_states_only:
         raise ConfigError(
             f"zero_optimization.stage: {config.zero_optimization.stage} shards optimizer states, but there is no "
             "optimizer; pass one to initialize or name one under optimizer.type"

@@ -64,6 +64,11 @@ class Partitioning:
         return cls(params, SHARD if reproducible else grads, optim)
 
     @property
+    def shards_states_only(self) -> bool:
+        """Whether optimizer states are sharded under whole parameters: without an optimizer, for nothing."""
+        return self.params is REPLICATE and self.optim is SHARD
+
+    @property
     def rests_partial(self) -> bool:
         """Whether gradients stay unreduced until the last micro-batch."""
         return self.grads is PARTIAL

@@ -99,7 +99,8 @@ class Section:
         self.masters = self._make_masters(packed)  # by index: whole tensors that this rank owns, master dtype
         self.grads = self._make_grads()
         self._views = [self.whole.slot(index) for index in range(len(self.members))]
-        self._absent = [_absent(view) for view in self._views]  # what parameters hold while `whole` is released
+        # What parameters hold while `whole` is released.
+        self._absent = [_absent(view) for view in self._views] if self.is_sharded else []
         self.stand_ins = self._make_stand_ins(touch)
         self._adopt()
 

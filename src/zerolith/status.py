@@ -9,6 +9,7 @@ from torch import nn
 
 from zerolith.config import Config
 from zerolith.micro_steps import MicroSteps
+from zerolith.partitioning import SHARD
 from zerolith.precision import LossScaler
 from zerolith.sharded_model import ShardedModel
 
@@ -62,16 +63,16 @@ class Status(nn.Module):
         return self._settings.gradient_clipping
 
     def zero_optimization(self) -> bool:
-        return self._settings.zero_optimization.stage > 0
+        return self._sharded.plan.partitioning.optim is SHARD
 
     def zero_optimization_stage(self) -> int:
         return self._settings.zero_optimization.stage
 
     def zero_optimization_partition_gradients(self) -> bool:
-        return self._settings.zero_optimization.stage >= 2
+        return self._sharded.plan.partitioning.grads is SHARD
 
     def zero_optimization_partition_weights(self) -> bool:
-        return self._settings.zero_optimization.stage >= 3
+        return self._sharded.plan.partitioning.params is SHARD
 
     def fp16_enabled(self) -> bool:
         return self._settings.fp16.enabled

@@ -44,7 +44,7 @@ class ThirdParty(Optimizer):
                     self.update(param, group)
 
     def update(self, param: torch.Tensor, group: dict[str, Any]) -> None:
-        raise NotImplementedError
+        raise AssertionError(f"{type(self).__name__} does not say how it steps a parameter")
 
 
 class Lion(ThirdParty):
