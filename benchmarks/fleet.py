@@ -49,7 +49,7 @@ class Host:
     deadline: float  # on time.monotonic
 
     def python_for(self, job: Job) -> str:
-        return self.pythons.get(ENGINES[job.engine].distribution, self.pythons[""])
+        return self.pythons.get(ENGINES[job.engine].library, self.pythons[""])
 
 
 class Ranks:

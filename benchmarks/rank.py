@@ -58,7 +58,7 @@ class Rank:
         """Imports the library, meets the other ranks, builds the engine. Collective."""
         entry = ENGINES[self.job.engine]
         marks = [time.perf_counter()]
-        importlib.import_module(entry.distribution)
+        importlib.import_module(entry.library)
         # cast: import_module cannot know what the module offers.
         adapter = cast(Adapter, importlib.import_module(entry.adapter))
         marks.append(time.perf_counter())
@@ -75,7 +75,7 @@ class Rank:
             "build_s": marks[3] - marks[2],
             "num_params": num_params,
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
-            "versions": _versions(entry.distribution),
+            "versions": _versions(entry.library),
             **self.memory(),
         }
 

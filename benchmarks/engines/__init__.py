@@ -46,23 +46,21 @@ class Entry:
     """Where an engine's adapter is and how to start it."""
 
     adapter: str
-    distribution: str  # the one whose version a result records
+    library: str  # the distribution whose version a result records
     options: Mapping[str, int | bool] = field(default_factory=dict)
     max_ranks: int | None = None  # None: one process per rank of the run
 
 
 def _stages(prefix: str, adapter: str, library: str) -> dict[str, Entry]:
-    return {
-        f"{prefix}{stage}": Entry(adapter=adapter, distribution=library, options={"stage": stage}) for stage in range(4)
-    }
+    return {f"{prefix}{stage}": Entry(adapter=adapter, library=library, options={"stage": stage}) for stage in range(4)}
 
 
 ENGINES: dict[str, Entry] = {
-    "plain": Entry(adapter="benchmarks.engines.plain", distribution="torch", max_ranks=1),
-    "ddp": Entry(adapter="benchmarks.engines.ddp", distribution="torch"),
-    "fsdp2": Entry(adapter="benchmarks.engines.fsdp2", distribution="torch", options={"reshard": True}),
+    "plain": Entry(adapter="benchmarks.engines.plain", library="torch", max_ranks=1),
+    "ddp": Entry(adapter="benchmarks.engines.ddp", library="torch"),
+    "fsdp2": Entry(adapter="benchmarks.engines.fsdp2", library="torch", options={"reshard": True}),
     # Keeps the gathered weights between forward and backward, as DeepSpeed's stage 3 does at these sizes.
-    "fsdp2_nr": Entry(adapter="benchmarks.engines.fsdp2", distribution="torch", options={"reshard": False}),
+    "fsdp2_nr": Entry(adapter="benchmarks.engines.fsdp2", library="torch", options={"reshard": False}),
     **_stages("ds", "benchmarks.engines.ds", "deepspeed"),
     **_stages("zero", "benchmarks.engines.zero", "zerolith"),
 }
