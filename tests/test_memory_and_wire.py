@@ -116,6 +116,8 @@ def expected_peak(stage: int, gas: int, half: bool, world: int) -> float:
     if stage == 1 and gas > 1:
         extra = (2 if half else 1) * UNIT * weight
         return total * (weight + accumulated + states / world) + extra
+    if gas > 1:
+        in_flight += 2 * ROOT * weight  # the root's, sent and received at the first micro-batch and kept for the next
     if stage < 3:
         return total * (weight + (accumulated + states) / world) + in_flight
     whole = 2 * UNIT * weight + ROOT * weight

@@ -322,7 +322,7 @@ def _let_go(sharded: ShardedModel, partitioned: PartitionedOptimizer | None, han
         sharded.reducer.remove_hooks()  # forward hooks stay: they make the model whole where it is used
     else:
         sharded.detach()
-    sharded.comm.pool.clear()
+    sharded.drop_memory()
     sharded.gradients.clear()
     sharded.reducer.gradients.clear()
     for section in sharded.sections:

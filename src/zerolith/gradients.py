@@ -4,6 +4,9 @@
 produces. Where gradients are reduced at this backward it is in the wire dtype and goes at once; where they rest
 (stages 0 and 1 before the boundary, no_sync at any stage) it is in the accumulation dtype and stays.
 
+[Note: borrowed terms] Where one tensor fills a section and its gradient leaves at once, the gradient is the term: it is
+read by the reduction and written by nobody, for autograd may share its memory with others.
+
 [Note: one buffer for two] A term that rests and the sum that it becomes are never needed at once. At stage 0 the term
 lies in the sum's buffer; at stage 1 the sum lies in the term's, where this rank's shard is.
 """
@@ -33,6 +36,7 @@ class Term:
     def __init__(self, section: Section, comm: Comm, data: Tensor, *, pooled: bool) -> None:
         self.comm = comm
         self.pooled = pooled  # whether `data` goes back to the pool
+        self.borrowed = False  # whether `data` is autograd's, to be read only
         self.rests = False  # whether it was begun by a backward that does not reduce
         self.buffer = FlatBuffer(section.layout, PARTIAL, data, rank=comm.rank)
         self.filled = [False] * len(section.members)
@@ -44,6 +48,13 @@ class Term:
         """A term in memory of the pool."""
         data = comm.pool.take(section.layout.numel, dtype=dtype, device=comm.device)
         return cls(section, comm, data, pooled=True)
+
+    @classmethod
+    def borrow(cls, section: Section, comm: Comm, grad: Tensor) -> Term:
+        """A term that is the gradient of the section's only parameter."""
+        term = cls(section, comm, grad.view(-1), pooled=False)
+        term.borrowed, term.filled = True, [True]
+        return term
 
     def add(self, index: int, grad: Tensor) -> None:
         """Add parameter `index`'s gradient of any strides."""
@@ -94,13 +105,24 @@ class Gradients:
             self._buffer.data.zero_()
         return self._buffer
 
+    def _to_overwrite(self) -> FlatBuffer:
+        """`sum` with undefined contents if it has no memory yet."""
+        if self._lender is None and not self._buffer.is_allocated:
+            self._buffer.allocate()
+        return self.sum
+
     def collect(self, index: int, grad: Tensor, *, reducing: bool) -> None:
         """Take one parameter's gradient of this backward."""
-        if self.term is None:
-            self.term = self._new_term(self.wire_dtype if reducing else self.rest_dtype)
-            self.term.rests = not reducing
-        self.term.add(index, grad)
         self.used[index] = True
+        if self.term is None and reducing and self._is_whole_term(grad):
+            self.term = Term.borrow(self.section, self.comm, grad)
+            return
+        if self.term is None or self.term.borrowed:
+            earlier, self.term = self.term, self._new_term(self.wire_dtype if reducing else self.rest_dtype)
+            self.term.rests = not reducing
+            if earlier is not None:
+                self.term.add(index, earlier.buffer.slot(index))
+        self.term.add(index, grad)
 
     def start_reduce(self) -> Pending:
         """Begin to add this term, summed over ranks, to the rest gradients. Collective, also without a term."""
@@ -113,7 +135,7 @@ class Gradients:
         self.gathered = self.partitioning.optim is SHARD
         sent = self._to_wire(term)
         name = f"{self.section.name}.grad"
-        pending = redistribute(sent.buffer, self.sum.own(), comm=self.comm, name=name, fresh=fresh)
+        pending = redistribute(sent.buffer, self._to_overwrite().own(), comm=self.comm, name=name, fresh=fresh)
         return _Reduced(pending, None if sent is self._lender else sent)
 
     def start_finish(self) -> Pending:
@@ -143,10 +165,15 @@ class Gradients:
         self.used = [False] * len(self.used)
         self.fresh = True
         self.gathered = self.partitioning.optim is SHARD
+        self._buffer.release()
+
+    def _is_whole_term(self, grad: Tensor) -> bool:
+        fills = grad.numel() == self.section.layout.numel and grad.dtype == self.wire_dtype
+        return fills and type(grad) is Tensor and grad.layout is torch.strided and grad.is_contiguous()
 
     def _new_term(self, dtype: torch.dtype) -> Term:
         if self.fresh and dtype == self.rest_dtype and self.partitioning.optim is REPLICATE:
-            return Term(self.section, self.comm, self.sum.data, pooled=False)
+            return Term(self.section, self.comm, self._to_overwrite().data, pooled=False)
         return Term.take(self.section, self.comm, dtype)
 
     def _to_wire(self, term: Term) -> Term:

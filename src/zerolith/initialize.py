@@ -22,7 +22,7 @@ from zerolith.errors import ConfigError, OptimizerError, UsageError
 from zerolith.memory import keep_freed_pages
 from zerolith.optim import build_optimizer, build_scheduler, granularity_of
 from zerolith.parameter import ShardedParameter
-from zerolith.partitioning import Partitioning
+from zerolith.partitioning import REPLICATE, Partitioning
 from zerolith.precision import LossScaler, Precision
 from zerolith.section import Granularity, Member, Plan
 from zerolith.sharded_model import ShardedModel
@@ -74,8 +74,6 @@ def initialize(
     if dist_init_required is not False:
         init_distributed(timeout=timeout or TIMEOUT)
     comm = default_comm()
-    if comm.device.type == "cpu":
-        keep_freed_pages()
     inputs, error = None, None
     try:
         source = _only_one(args, config, config_params)
@@ -246,6 +244,8 @@ def _assemble(inputs: _Inputs) -> Engine:
     precision = _precision(config)
     comm = default_comm(reproducible=config.reproducible)
     partitioning = Partitioning.from_stage(zero.stage, reproducible=config.reproducible)
+    if comm.device.type == "cpu" and partitioning.params is REPLICATE:
+        keep_freed_pages()  # who shards parameters wants memory more than time
     leaves = zero.leaf_module
     sharded = ShardedModel(
         model,

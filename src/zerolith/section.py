@@ -85,6 +85,7 @@ class Section:
         self.members = list(members)
         self.plan = plan
         self.granularity = granularity
+        self.keeps_memory = False  # of `whole` while it is released: where it stands at the step's peak anyway
         self.trained = members[0].trained
         self.layout = plan_layout(
             [member.param.shape for member in members],
@@ -130,7 +131,7 @@ class Section:
         self.drop_edits()
 
     def release(self) -> None:
-        """Free `whole` and put stand-ins into the modules. What was written to parameters in place is kept."""
+        """Put stand-ins into the modules and let `whole` go. What was written to parameters in place is kept."""
         if self._whole_versions != [member.param._version for member in self.members]:
             self.weights.data.copy_(self.whole.own().data)
         for member, stand_in, absent in zip(self.members, self.stand_ins, self._absent, strict=True):
@@ -139,7 +140,8 @@ class Section:
                 stand_in.requires_grad_(member.param.requires_grad)
             member.install(stand_in)
             stand_in.gathered = None
-        self.whole.release()
+        if not self.keeps_memory:
+            self.whole.release()
 
     def drop_edits(self) -> None:
         """Forget what was written to the whole parameters since they were gathered."""
@@ -184,7 +186,7 @@ class Section:
         own = self.weights.own() if not self.is_sharded else self.weights
         part = self.layout.owned(index, own.rank)
         own.local(index).copy_(flat[part.start : part.stop])
-        if self.whole.data.untyped_storage().nbytes():
+        if not self.is_sharded or self.stand_ins[index].gathered is not None:
             self.whole.slot(index).copy_(flat.view(self.members[index].param.shape))
         self._versions = self._current_versions()
 

@@ -17,7 +17,7 @@ from zerolith.hooks import Gatherer
 from zerolith.layout import assign_owners
 from zerolith.parameter import ShardedParameter, Touch, refuse
 from zerolith.section import Granularity, Member, Plan, Section
-from zerolith.unit import Unit
+from zerolith.unit import Phase, Unit
 from zerolith.wrap import UnitPlan, WrapPolicy, plan_units, split_members
 
 
@@ -149,6 +149,13 @@ class ShardedModel:
         for handle in self._handles:
             handle.remove()
 
+    def drop_memory(self) -> None:
+        """Give back what is kept from step to step."""
+        self.comm.pool.clear()
+        for unit in self.units:
+            for section in unit.sections if unit.phase is Phase.REST else ():
+                section.whole.release()
+
     def _make_unit(self, plan: UnitPlan, policy: WrapPolicy, *, is_root: bool) -> Unit:
         sections = []
         touch = self._toucher()
@@ -162,6 +169,7 @@ class ShardedModel:
                 granularity=self._granularity,
                 owners=assign_owners([member.param.shape for member in members], self._loads),
             )
+            section.keeps_memory = is_root
             sections.append(section)
         return Unit(plan.name, sections, stays=is_root)
 

@@ -9,6 +9,8 @@ from torch import nn
 
 from zerolith.section import Member
 
+LARGE = 1 << 22  # elements: a tensor from here on fills a collective by itself, and its gradient is sent as it is
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WrapPolicy:
@@ -73,18 +75,25 @@ def plan_units(model: nn.Module, members: Sequence[Member], policy: WrapPolicy) 
 
 
 def split_members(members: Sequence[Member], *, bucket_numel: int) -> Iterator[list[Member]]:
-    """Cut a unit's members into sections: one dtype, trained or frozen, ordered by param group, bounded in size."""
+    """Cut a unit's members into sections: one dtype, trained or frozen, ordered by param group, bounded in size.
+
+    Large tensors stand alone, so that what autograd makes for them is a section's whole gradient.
+    """
     kinds: dict[tuple[str, bool], list[Member]] = {}
     for member in members:
         kinds.setdefault((str(member.param.dtype), member.trained), []).append(member)
     for kind in kinds.values():
         bucket: list[Member] = []
         for member in sorted(kind, key=lambda each: each.group):
+            if member.param.numel() >= LARGE:
+                yield [member]
+                continue
             if bucket and sum(each.param.numel() for each in bucket) + member.param.numel() > bucket_numel:
                 yield bucket
                 bucket = []
             bucket.append(member)
-        yield bucket
+        if bucket:
+            yield bucket
 
 
 def _unit_modules(model: nn.Module, policy: WrapPolicy) -> Iterator[tuple[str, nn.Module]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from zerolith.comm.journal import Journal, Traffic
 from zerolith.comm.ordered import add_into
-from zerolith.comm.pool import Pool
+from zerolith.comm.pool import KEPT_BYTES, Pool
 from zerolith.errors import CollectiveMismatchError, PeerLostError
 
 
@@ -180,6 +180,8 @@ def _gather_by_ring(comm: Comm, whole: Tensor, name: str) -> Pending:
 
 def _reduce_ordered(comm: Comm, whole: Tensor, into: Tensor, fresh: bool, name: str) -> Pending:
     """Exchange the pieces and add them in rank order: the same bits whatever the placement, and 1x the bytes."""
+    if whole.nbytes > KEPT_BYTES:
+        return _reduce_in_turns(comm, whole, into, fresh, name)
     received = comm.pool.take(whole.numel(), dtype=whole.dtype, device=whole.device)
     work = _guard(name, dist.all_to_all_single, received, whole, group=comm.group, async_op=True)
 
@@ -188,6 +190,25 @@ def _reduce_ordered(comm: Comm, whole: Tensor, into: Tensor, fresh: bool, name: 
         comm.pool.give(received)
 
     return _Pending([work], name, finish)
+
+
+def _reduce_in_turns(comm: Comm, whole: Tensor, into: Tensor, fresh: bool, name: str) -> Pending:
+    """Reduce a bounded part of every piece at a time: scratch as large as `whole` would stand at a step's peak."""
+    pieces = whole.view(comm.size, -1)
+    width = KEPT_BYTES // (4 * comm.size * whole.element_size())
+
+    def turn(start: int) -> Pending:
+        part = slice(start, start + width)
+        return _reduce_ordered(comm, pieces[:, part].contiguous().view(-1), into[part], fresh, name)
+
+    first = turn(0)
+
+    def finish() -> None:
+        first.wait()
+        for start in range(width, into.numel(), width):
+            turn(start).wait()
+
+    return _Pending((), name, finish)
 
 
 def _reduce_by_ring(comm: Comm, whole: Tensor, into: Tensor, fresh: bool, name: str) -> Pending:
