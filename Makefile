@@ -18,7 +18,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 SPEC := $(VENV)/torch-spec
-SOURCES := src tests examples benchmarks
+SOURCES := src tests examples benchmarks docs
 
 export OMP_NUM_THREADS ?= 1
 export PYTEST_XDIST_AUTO_NUM_WORKERS ?= 2

@@ -6,8 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from zerolith.layout import BLOCK, Layout, Range, assign_owners, boxes, plan_layout
 

@@ -10,7 +10,7 @@ import pytest
 from zerolith.cli import main
 from zerolith.config import KEYS, SECTIONS, Fate
 
-DOCS = Path(__file__).parents[2] / "docs" / "config.md"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture
@@ -68,10 +68,10 @@ def test_the_schema_covers_every_key(capsys):
     assert "bfloat16" in schema["properties"]
 
 
-def test_the_page_of_keys_is_the_committed_one(capsys):
-    assert main(["config", "docs"]) == 0
-    page = capsys.readouterr().out
-    assert page == DOCS.read_text(), "run `zerolith config docs > docs/config.md`"
+def test_the_page_of_keys_is_the_committed_one():
+    made = subprocess.run([sys.executable, DOCS / "config_page.py"], capture_output=True, text=True, timeout=60)
+    page = made.stdout
+    assert page == (DOCS / "config.md").read_text(), "run `python docs/config_page.py > docs/config.md`"
     assert all(f"| `{path.rpartition('.')[2]}` |" in page for path in KEYS)
     assert all(fate.value in page for fate in Fate)
     assert "zero_optimization" in SECTIONS
@@ -93,6 +93,6 @@ def test_a_reader_that_stops_early_is_no_error():
 
 
 def test_the_commands_import_no_torch():
-    program = "import sys, zerolith.cli as cli; cli.main(['config', 'docs']); sys.exit('torch' in sys.modules)"
+    program = "import sys, zerolith.cli as cli; cli.main(['config', 'schema']); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.DEVNULL, timeout=60)
     assert done.returncode == 0

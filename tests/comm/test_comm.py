@@ -6,8 +6,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from harness import run_ranks
 from zerolith.comm import Comm, Journal, Pool, add_into, default_comm

@@ -1,8 +1,7 @@
 """Global batch = micro-batch * accumulation steps * ranks, from any sufficient two of them."""
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from zerolith.config import load_config, resolve_batch
 from zerolith.errors import ConfigError

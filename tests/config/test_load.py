@@ -10,8 +10,7 @@ import sys
 import time
 
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 from pydantic import ValidationError
 
 from zerolith.config import KEYS, Config, Fate, load_config

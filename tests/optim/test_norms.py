@@ -9,8 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from zerolith.buffer import FlatBuffer

@@ -1,8 +1,7 @@
-"""`zerolith config`: check a file, print the JSON Schema, print the page of all keys."""
+"""`zerolith config`: check a file, print the JSON Schema."""
 
 import argparse
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,21 +9,6 @@ from zerolith.config import KEYS, SECTIONS, TYPED_SECTIONS, Fate, Key, load_conf
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
-
-_INTRO = """\
-# Configuration
-
-A config is a dict, the path of a JSON file (comments and trailing commas are read too) or base64 JSON text.
-`zerolith config check FILE` says what each key of a file does, `zerolith config schema` prints a JSON Schema
-for editors, and `zerolith config docs` prints this page.
-
-Every key has one fate. **implemented**: it acts as described. **hint**: it is accepted and type-checked, and
-has no effect, for the reason given. **not supported yet** and **removed upstream**: it is accepted only at a
-value that asks for nothing (its default, or `enabled: false`); any other value is an error. An unknown key is
-an error that names the nearest known one. In the batch numbers, `train_batch_size` =
-`train_micro_batch_size_per_gpu` * `gradient_accumulation_steps` * data-parallel ranks: two of them give the
-third, and one batch size alone means one accumulation step.
-"""
 
 
 def add_commands(commands: "Commands") -> None:
@@ -36,13 +20,12 @@ def add_commands(commands: "Commands") -> None:
     check.add_argument("--world-size", type=int, metavar="N", help="ranks; resolves batch sizes")
     check.set_defaults(run=_check)
     schema = subcommands.add_parser("schema", help="print a JSON Schema for editors")
-    schema.set_defaults(run=lambda _: _print(schema_text()))
-    docs = subcommands.add_parser("docs", help="print the page of all keys")
-    docs.set_defaults(run=lambda _: _print(docs_text()))
+    schema.set_defaults(run=_print_schema)
 
 
-def _print(text: str) -> int:
-    print(text, end="")
+def _print_schema(arguments: argparse.Namespace) -> int:
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "zerolith config"}
+    print(json.dumps(head | _section_schema(""), indent=2))
     return 0
 
 
@@ -73,12 +56,6 @@ def _lookup(dump: object, path: str) -> object:
     return dump
 
 
-def schema_text() -> str:
-    """JSON Schema of what a config may hold."""
-    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "zerolith config"}
-    return json.dumps(head | _section_schema(""), indent=2) + "\n"
-
-
 def _section_schema(section: str) -> dict[str, Any]:
     properties: dict[str, Any] = {}
     for name in SECTIONS[section]:
@@ -99,42 +76,3 @@ def _key_schema(key: Key) -> dict[str, Any]:
     described = key.why if implemented else f"{key.fate.value.capitalize()}: {key.why}."
     default: dict[str, Any] = {} if key.required else {"default": key.default}
     return {"description": described, **key.schema, **default}
-
-
-def docs_text() -> str:
-    """The markdown page of all keys: one table per section."""
-    return _INTRO + "".join(_table(section) for section in SECTIONS)
-
-
-def _table(section: str) -> str:
-    keys = [key for key in KEYS.values() if key.path.rpartition(".")[0] == section]
-    if not keys:
-        return ""
-    keys.sort(key=lambda key: list(Fate).index(key.fate))
-    rows = "".join(
-        f"| `{key.path.rpartition('.')[2]}` | {_type(key.schema)} | {_default(key)} | {key.fate.value} "
-        f"| {key.why.rstrip('.')}. |\n"
-        for key in keys
-    )
-    title = f"`{section}`" if section else "Top level"
-    about = f"{TYPED_SECTIONS[section]}\n\n" if section in TYPED_SECTIONS else ""
-    return f"\n## {title}\n\n{about}| key | type | default | fate | meaning |\n|---|---|---|---|---|\n{rows}"
-
-
-def _default(key: Key) -> str:
-    if key.required:
-        return "required"
-    default = int(key.default) if isinstance(key.default, float) and key.default.is_integer() else key.default
-    text = json.dumps(default)
-    return f"`{text}`" if len(text) < 60 else "see the schema"
-
-
-def _type(schema: Mapping[str, Any]) -> str:
-    if "enum" in schema:
-        return ", ".join(f"`{json.dumps(value)}`" for value in schema["enum"])
-    if "anyOf" in schema:
-        return ", ".join(_type(choice) for choice in schema["anyOf"])
-    if schema.get("items"):
-        return f"array of {_type(schema['items'])}"
-    kinds = schema.get("type", "anything")
-    return ", ".join([kinds] if isinstance(kinds, str) else kinds)

@@ -4,25 +4,14 @@ A Comm is one axis of ranks. It picks the fastest primitive of its backend, adds
 matter, counts bytes, and keeps a journal from which ranks learn that they issued the same collectives.
 """
 
-from zerolith.comm.communicator import Comm, Pending, done
-from zerolith.comm.handshake import agree, handshake
-from zerolith.comm.journal import Journal, Traffic
-from zerolith.comm.ordered import add_into
-from zerolith.comm.pool import Pool
-from zerolith.comm.start import TIMEOUT, default_comm, init_distributed, is_distributed
-
-__all__ = [
-    "TIMEOUT",
-    "Comm",
-    "Journal",
-    "Pending",
-    "Pool",
-    "Traffic",
-    "add_into",
-    "agree",
-    "default_comm",
-    "done",
-    "handshake",
-    "init_distributed",
-    "is_distributed",
-]
+from zerolith.comm.communicator import Comm as Comm, Pending as Pending, done as done
+from zerolith.comm.handshake import agree as agree, handshake as handshake
+from zerolith.comm.journal import Journal as Journal, Traffic as Traffic
+from zerolith.comm.ordered import add_into as add_into
+from zerolith.comm.pool import Pool as Pool
+from zerolith.comm.start import (
+    TIMEOUT as TIMEOUT,
+    default_comm as default_comm,
+    init_distributed as init_distributed,
+    is_distributed as is_distributed,
+)

@@ -1,27 +1,48 @@
-"""Every key that a config may hold, with its fate: the schema's fields and DeepSpeed's tables, indexed."""
+"""Every key that a config may hold, with its fate: the schema's fields and DeepSpeed's table, indexed.
 
+deepspeed.json lists the keys that zerolith does not act on, in groups that share a section, a fate and its reason. A
+key's value there is its default, whose type is its type (5 takes integers, 5.0 any number), or one of
+
+    {"type": T}                  null or a value of JSON type T, or "any"
+    {"one_of": [DEFAULT, ...]}   these values only
+    {"switch": true}             an object whose inside is not ours: it asks for something unless empty or disabled
+"""
+
+import json
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
+from enum import Enum
+from pathlib import Path
 from typing import Any, Final, NamedTuple, get_args
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from zerolith.config.deepspeed import ALIASES, GROUPS, Fate, OneOf, Switch
 from zerolith.config.problems import join
 from zerolith.config.schema import Config
 
 MAX_GUESSED_CHARS = 64  # difflib is quadratic in the length of a key
-
-_KINDS: Final[Mapping[type, str]] = {
-    bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object",
-}  # fmt: skip
+ALIASES: Final = {
+    "bfloat16": "bf16",
+    "zero_optimization.stage3_gather_fp16_weights_on_model_save": (
+        "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+    ),
+}
 
 _TYPES: Final[Mapping[str, tuple[type, ...]]] = {
     "boolean": (bool,), "integer": (int,), "number": (int, float), "string": (str,), "array": (list, tuple),
     "object": (Mapping,), "null": (type(None),),
 }  # fmt: skip
 _NOT_RULES = ("title", "default", "description")
+
+
+class Fate(Enum):
+    """What a known key leads to."""
+
+    IMPLEMENTED = "implemented"
+    HINT = "hint"  # accepted, type-checked, without effect
+    LATER = "not supported yet"  # accepted only at a value that asks for nothing
+    REMOVED = "removed upstream"  # the same
 
 
 class Key(NamedTuple):
@@ -32,17 +53,17 @@ class Key(NamedTuple):
     why: str  # the meaning of an implemented key, the reason of any other
     default: object
     schema: Mapping[str, Any]  # JSON Schema of its value (any JSON)
-    accepts: OneOf | Switch | None = None  # the values that ask for nothing, where that is the rule
+    is_switch: bool = False
     required: bool = False
 
     def admits(self, value: object) -> bool:
         """Whether a key that is not implemented may have this value; null asks for nothing."""
         if value is None:
             return True
-        if isinstance(self.accepts, OneOf):
-            return any(_same(value, accepted) for accepted in self.accepts.values)
-        if isinstance(self.accepts, Switch):
+        if self.is_switch:
             return not asks(value)
+        if "enum" in self.schema:
+            return any(_same(value, accepted) for accepted in self.schema["enum"])
         return not self.kinds or any(_is_kind(value, kind) for kind in self.kinds)
 
     @property
@@ -90,18 +111,15 @@ def _fields(model: type[BaseModel], section: str) -> Iterator[tuple[str, FieldIn
             yield from _fields(inner, path)
 
 
-def _declared(path: str, fate: Fate, why: str, spec: object) -> Key:
-    if isinstance(spec, OneOf):
-        return Key(path, fate, why, spec.values[0], {"enum": list(spec.values)}, spec)
-    if isinstance(spec, Switch):
-        return Key(path, fate, why, None, {"type": ["object", "boolean", "null"]}, spec)
-    if spec is object:
-        return Key(path, fate, why, None, {})
-    if isinstance(spec, type):
-        return Key(path, fate, why, None, {"type": [_KINDS[spec], "null"]})
-    if fate is Fate.HINT:
-        return Key(path, fate, why, spec, {"type": _KINDS[type(spec)]})
-    return Key(path, fate, why, spec, {"enum": [spec]}, OneOf((spec,)))
+def _declared(path: str, fate: Fate, why: str, spec: Any) -> Key:  # any JSON
+    if not isinstance(spec, dict):
+        kind = next(kind for kind, types in _TYPES.items() if type(spec) in types)
+        return Key(path, fate, why, spec, {"type": kind} if fate is Fate.HINT else {"enum": [spec]})
+    if "one_of" in spec:
+        return Key(path, fate, why, spec["one_of"][0], {"enum": spec["one_of"]})
+    if "switch" in spec:
+        return Key(path, fate, why, None, {"type": ["object", "boolean", "null"]}, is_switch=True)
+    return Key(path, fate, why, None, {} if spec["type"] == "any" else {"type": [spec["type"], "null"]})
 
 
 def _known_keys() -> dict[str, Key]:
@@ -111,10 +129,10 @@ def _known_keys() -> dict[str, Key]:
             default = None if field.is_required() else field.get_default(call_default_factory=True)
             why = field.description or ""
             keys[path] = Key(path, Fate.IMPLEMENTED, why, default, schema, required=field.is_required())
-    for group in GROUPS:
-        for name, spec in group.keys.items():
-            path = join(group.section, name)
-            keys[path] = _declared(path, group.fate, group.why, spec)
+    for group in json.loads(Path(__file__).with_name("deepspeed.json").read_text(encoding="utf-8")):
+        for name, spec in group["keys"].items():
+            path = join(group["section"], name)
+            keys[path] = _declared(path, Fate[group["fate"].upper()], group["why"], spec)
     return keys
 
 

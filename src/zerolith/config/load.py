@@ -6,8 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from zerolith.config.deepspeed import ALIASES, Fate, OneOf
-from zerolith.config.keys import KEYS, NAMED_SECTIONS, SECTIONS, TYPED_SECTIONS, Key, suggest
+from zerolith.config.keys import ALIASES, KEYS, NAMED_SECTIONS, SECTIONS, TYPED_SECTIONS, Fate, Key, suggest
 from zerolith.config.problems import Problems, join, show
 from zerolith.config.schema import Config, Note, Provenance
 from zerolith.config.text import flaws, read_source
@@ -123,7 +122,7 @@ class _Sieve:
         if _text(value) != AUTO:
             return False
         key = KEYS.get(path)
-        return key is None or (key.schema != {} and not (isinstance(key.accepts, OneOf) and key.admits(AUTO)))
+        return key is None or (key.schema != {} and AUTO not in key.schema.get("enum", ()))
 
     def _auto(self, path: str) -> None:
         if not self._allow_auto:
@@ -136,7 +135,7 @@ def _text(value: object) -> str:
 
 def _refusal(key: Key, value: object) -> str:
     state = "is not supported yet" if key.fate is Fate.LATER else "asks for a feature that DeepSpeed removed"
-    good = [v for v in key.accepts.values if v is not None] if isinstance(key.accepts, OneOf) else []
+    good = [value for value in key.schema.get("enum", ()) if value is not None]
     remedy = f"use {show(good[0])} or leave it out" if good else "leave it out"
     return f"= {show(value)} {state} ({key.why}); {remedy}"
 

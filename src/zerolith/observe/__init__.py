@@ -1,5 +1,3 @@
 """What a person looks at before reading: the start-up summary."""
 
-from zerolith.observe.summary import Summary, summarize
-
-__all__ = ["Summary", "summarize"]
+from zerolith.observe.summary import Summary as Summary, summarize as summarize

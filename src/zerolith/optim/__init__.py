@@ -1,17 +1,7 @@
 """Stepping stock torch optimizers on shards, and what every step needs to know first: norms and overflow."""
 
-from zerolith.optim.build import build_optimizer, build_scheduler
-from zerolith.optim.facade import ZeroOptimizer
-from zerolith.optim.granularity import granularity_of
-from zerolith.optim.norms import GradientFacts, examine
-from zerolith.optim.partitioned import PartitionedOptimizer
-
-__all__ = [
-    "GradientFacts",
-    "PartitionedOptimizer",
-    "ZeroOptimizer",
-    "build_optimizer",
-    "build_scheduler",
-    "examine",
-    "granularity_of",
-]
+from zerolith.optim.build import build_optimizer as build_optimizer, build_scheduler as build_scheduler
+from zerolith.optim.facade import ZeroOptimizer as ZeroOptimizer
+from zerolith.optim.granularity import granularity_of as granularity_of
+from zerolith.optim.norms import GradientFacts as GradientFacts, examine as examine
+from zerolith.optim.partitioned import PartitionedOptimizer as PartitionedOptimizer
