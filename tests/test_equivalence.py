@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -22,6 +23,10 @@ from models import (
     train_zero,
     zero_config,
 )
+from zerolith import wrap
+from zerolith.comm import Comm, communicator
+from zerolith.gradients import Term
+from zerolith.section import Section
 
 STAGES = (0, 1, 2, 3)
 MICRO = 2
@@ -198,6 +203,42 @@ def differences_between_ways(stage: int, precision: str) -> dict[str, list[str]]
 def test_buckets_units_prefetch_and_overlap_do_not_change_a_bit(stage: int, precision: str) -> None:
     for differences in run_ranks(2, differences_between_ways, stage, precision):
         assert differences == {way: [] for way in WAYS}
+
+
+def differences_of_large_tensors(stage: int, precision: str, gas: int) -> list[list[str]]:
+    """With every tensor in a section of its own, so that gradients are sent as autograd made them."""
+    model = make_gpt(width=32, layers=2, vocab=48)  # sizes that fill a section on two ranks
+    data = token_batches(3, 2 * gas * MICRO, time=9, vocab=48)
+    config = config_for(stage, gas=gas, clip=0.5, **PRECISIONS[precision])
+    expected = train_zero(copy.deepcopy(model), data, config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wrap, "LARGE", 1)
+        borrowed = spy_on_borrowed(patch)
+        alone = train_zero(copy.deepcopy(model), data, config)
+    assert borrowed, "no gradient was sent as it is"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(communicator, "KEPT_BYTES", 1024)  # and in turns
+        in_turns = train_zero(copy.deepcopy(model), data, config)
+    return [same_bits(alone, expected), same_bits(in_turns, expected)]
+
+
+def spy_on_borrowed(patch: pytest.MonkeyPatch) -> list[str]:
+    names: list[str] = []
+    borrow = Term.borrow
+
+    def spy(section: Section, comm: Comm, grad: Tensor) -> Term:
+        names.append(section.name)
+        return borrow(section, comm, grad)
+
+    patch.setattr(Term, "borrow", spy)
+    return names
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("stage", "gas"), [(0, 1), (1, 1), (2, 1), (3, 1), (2, 2), (3, 2)])
+def test_large_tensors_alone_and_reductions_in_turns_do_not_change_a_bit(stage: int, gas: int, precision: str) -> None:
+    for differences in run_ranks(2, differences_of_large_tensors, stage, precision, gas):
+        assert differences == [[], []]
 
 
 # --- two engines ------------------------------------------------------------------------------------

@@ -79,6 +79,50 @@ def test_a_parameter_without_a_gradient_sums_to_zero_whatever_the_memory_held() 
         own.reset()
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_gradient_that_fills_its_section_is_sent_as_it_is_and_never_written(stage: int) -> None:
+    own = make_gradients(stage, shapes=((16, 32),))
+    first, second = torch.full((16, 32), 2.0), torch.full((16, 32), 3.0)
+    own.collect(0, first, reducing=True)
+    assert own.term is not None
+    assert shares(own.term.buffer.data, first)
+    assert reduced(own)[0].unique().tolist() == [2.0]
+    assert not shares(own.sum.data, first)
+    own.reset()
+    own.collect(0, first, reducing=True)
+    own.collect(0, second, reducing=True)  # a second one in the same backward is added to a copy
+    assert reduced(own)[0].unique().tolist() == [5.0]
+    assert (first.unique().tolist(), second.unique().tolist()) == ([2.0], [3.0])
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        torch.ones(32, 16).t(),
+        torch.ones(1, 1).expand(16, 32),
+        torch.ones(16, 32).to_sparse(),
+        torch.ones(16, 32).double(),
+    ],
+    ids=["transposed", "expanded", "sparse", "fp64"],
+)
+def test_a_gradient_that_does_not_lie_as_its_section_does_is_copied(odd: Tensor) -> None:
+    own = make_gradients(2, shapes=((16, 32),))
+    own.collect(0, odd, reducing=True)
+    assert own.term is not None
+    assert own.term.pooled
+    assert reduced(own)[0].unique().tolist() == [1.0]
+
+
+def test_sums_take_no_memory_from_a_step_to_the_next_backward() -> None:
+    own = make_gradients(2)
+    own.collect(0, torch.ones(3, 4), reducing=True)
+    reduced(own)
+    assert own.section.grads is not None
+    assert own.section.grads.is_allocated
+    own.reset()
+    assert not own.section.grads.is_allocated
+
+
 def shares(first: Tensor, second: Tensor) -> bool:
     return first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
 

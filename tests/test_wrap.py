@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from models import make_gpt
+from zerolith import wrap
 from zerolith.section import Member
 from zerolith.wrap import UnitPlan, WrapPolicy, find_members, plan_units, split_members
 
@@ -109,6 +110,12 @@ def test_sections_hold_one_kind_each_and_are_bounded(
     specs: list[tuple[int, torch.dtype, int]], bucket_numel: int, expected: list[list[str]]
 ) -> None:
     assert cut(members_of(*specs), bucket_numel) == expected
+
+
+def test_large_tensors_have_a_section_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wrap, "LARGE", 8)
+    assert cut(members_of((5, FP32, 0), (8, FP32, 0), (5, FP32, 0))) == [["1"], ["0", "2"]]
+    assert cut(members_of((8, FP32, 0))) == [["0"]]
 
 
 def test_the_root_is_first_even_without_parameters() -> None:

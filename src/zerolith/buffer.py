@@ -48,6 +48,11 @@ class FlatBuffer:
             return self
         return FlatBuffer(self.layout, SHARD, self.at(self.layout.shard(self.rank)), rank=self.rank)
 
+    def copy(self, placement: Placement, dtype: torch.dtype) -> FlatBuffer:
+        """What SHARD, or this buffer's own placement, keeps of it: in `dtype` and in memory of its own."""
+        source = self.own() if placement is SHARD else self
+        return FlatBuffer(self.layout, placement, source.data.to(dtype, copy=True), rank=self.rank)
+
     def holds(self, tensor: Tensor) -> bool:
         """Whether `tensor` lies in this buffer's memory."""
         is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided  # others have no storage

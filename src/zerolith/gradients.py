@@ -25,7 +25,7 @@ from zerolith.buffer import FlatBuffer
 from zerolith.comm import Comm, Pending, add_into, done
 from zerolith.partitioning import PARTIAL, REPLICATE, SHARD, Partitioning
 from zerolith.precision import Precision
-from zerolith.redistribute import redistribute
+from zerolith.redistribute import Then, redistribute
 from zerolith.schedule import Sequencer
 from zerolith.section import Section
 
@@ -70,7 +70,6 @@ class Term:
         for index, filled in enumerate(self.filled):
             if not filled:
                 self.buffer.slot(index).zero_()
-                self.filled[index] = True
 
     def give_back(self) -> None:
         if self.pooled:
@@ -136,7 +135,7 @@ class Gradients:
         sent = self._to_wire(term)
         name = f"{self.section.name}.grad"
         pending = redistribute(sent.buffer, self._to_overwrite().own(), comm=self.comm, name=name, fresh=fresh)
-        return _Reduced(pending, None if sent is self._lender else sent)
+        return pending if sent is self._lender else Then(pending, sent.give_back)
 
     def start_finish(self) -> Pending:
         """Begin to bring the sum to the optim placement, if it is not there. Collective."""
@@ -146,11 +145,6 @@ class Gradients:
             self.gathered = True
             return redistribute(self.sum.own(), self.sum, comm=self.comm, name=f"{self.section.name}.grad")
         return done()
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether what has been reduced is a whole step's sum: so where gradients rest until the last micro-batch."""
-        return self.partitioning.rests_partial
 
     def scale(self, factor: float) -> None:
         if factor != 1.0:
@@ -185,17 +179,6 @@ class Gradients:
         if term is not self._lender:
             term.give_back()
         return sent
-
-
-class _Reduced:
-    def __init__(self, pending: Pending, sent: Term | None) -> None:
-        self._pending = pending
-        self._sent = sent
-
-    def wait(self) -> None:
-        self._pending.wait()
-        if self._sent is not None:
-            self._sent.give_back()
 
 
 class Reducer:
@@ -272,7 +255,7 @@ class Reducer:
         while self._in_flight:
             own, pending = self._in_flight.popleft()
             pending.wait()
-            if own.is_complete:
+            if own.partitioning.rests_partial:  # until the last micro-batch: this is the whole step's sum
                 self._gathers.append(own.start_finish())
 
     def reset(self) -> None:
@@ -325,10 +308,7 @@ class Reducer:
 
 def _hook(param: Tensor, hook: Callable[[Tensor], None]) -> Any:  # torch's RemovableHandle
     """Register `hook` for when `param.grad` is there; also on a parameter that is frozen for now."""
-    frozen = not param.requires_grad
-    if frozen:
-        param.requires_grad_(True)
-    handle = param.register_post_accumulate_grad_hook(hook)
-    if frozen:
-        param.requires_grad_(False)
+    wanted_grad = param.requires_grad
+    handle = param.requires_grad_(True).register_post_accumulate_grad_hook(hook)
+    param.requires_grad_(wanted_grad)
     return handle

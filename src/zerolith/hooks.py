@@ -18,8 +18,10 @@ whichever of their parameters get a gradient there.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import FunctionType, MethodType
@@ -74,18 +76,18 @@ class Gatherer:
         self.units = list(units)
         self.prefetch = prefetch
         self._when_done = when_done
-        self._numbers = {id(unit): number for number, unit in enumerate(units)}
+        self._numbers = {unit: number for number, unit in enumerate(units)}
         self._forward_order, self._backward_order = Order(), Order()
-        self._clock = 0
+        self._clock = itertools.count(1)
         self._calls: list[tuple[nn.Module, Call]] = []  # forwards that are running, outermost first
         self._open: list[Call] = []  # calls whose backward has begun
         self._tasks: list[int] = []  # graph tasks that are running, outermost first
-        self._awaited = [0] * len(units)  # by unit: forwards whose backward has not begun
+        self._awaited: Counter[Unit] = Counter()  # by unit: forwards whose backward has not begun
         self._keeping = False  # a backward with create_graph needs the parameters for a backward of itself
         self._unrecorded: dict[int, int] = {}  # by module: when its last forward ended, if that was without a graph
         self._external: dict[int, list[Unit]] = {}  # by module: units of other modules that its forward needs
         self._handles: list[Any] = []  # torch's RemovableHandle
-        self._hooked: set[int] = set()  # modules, by id; the model keeps them alive
+        self._own: dict[int, list[Unit]] = {}  # by module that has our hooks: its unit; the model keeps them alive
         for unit, module in zip(units, modules, strict=True):
             self._install(module, [unit])
 
@@ -94,7 +96,7 @@ class Gatherer:
         needed = self._external.setdefault(id(module), [])
         if unit not in needed:
             needed.append(unit)
-        if id(module) not in self._hooked:
+        if id(module) not in self._own:
             self._install(module, [])
 
     def remove_external(self, module: nn.Module, unit: Unit) -> None:
@@ -121,7 +123,7 @@ class Gatherer:
         """Release every unit: nothing needs whole parameters between backward and the next forward."""
         self._open.clear()
         self._tasks.clear()
-        self._awaited = [0] * len(self.units)
+        self._awaited.clear()
         if not self._keeping:
             self.release_all()
 
@@ -147,30 +149,25 @@ class Gatherer:
     def _install(self, module: nn.Module, own: list[Unit]) -> None:
         # Weak, and bound to this module: a deep copy of the model has the same hooks, which then do nothing.
         this, original = weakref.ref(self), weakref.ref(module)
+        self._own[id(module)] = own
 
-        def before(called: nn.Module, args: Any) -> None:
+        def follow(method: Callable[..., None], called: nn.Module, args: Any, *output: Any) -> None:
             gatherer = this()
             if gatherer is not None and called is original():
-                gatherer._pre_forward(own, called)
+                method(gatherer, called, *output)
 
-        def after(called: nn.Module, args: Any, output: Any) -> None:
-            gatherer = this()
-            if gatherer is not None and called is original():
-                gatherer._post_forward(called, output)
-
-        self._hooked.add(id(module))
         self._handles += [
-            module.register_forward_pre_hook(before, prepend=True),
-            module.register_forward_hook(after, always_call=True),
+            module.register_forward_pre_hook(partial(follow, Gatherer._pre_forward), prepend=True),
+            module.register_forward_hook(partial(follow, Gatherer._post_forward), always_call=True),
         ]
 
-    def _pre_forward(self, own: list[Unit], module: nn.Module) -> None:
+    def _pre_forward(self, module: nn.Module) -> None:
         if not self._calls and not in_backward():
             self._forward_order.restart()
             self._open.clear()  # of a backward that failed
             self._tasks.clear()
-        units = dict.fromkeys([*own, *self._external.get(id(module), ())])
-        call = Call(list(units), now=self._tick())
+        units = dict.fromkeys([*self._own[id(module)], *self._external.get(id(module), ())])
+        call = Call(list(units), now=next(self._clock))
         self._calls.append((module, call))
         if in_backward() and id(module) in self._unrecorded:
             # A reentrant checkpoint recomputes. The graph around it has passed all that came after it.
@@ -183,7 +180,7 @@ class Gatherer:
         if not self._calls or self._calls[-1][0] is not module:
             return  # another hook failed before ours ran
         _, call = self._calls.pop()
-        call.ended = self._tick()
+        call.ended = next(self._clock)
         if not torch.is_grad_enabled():
             self._unrecorded[id(module)] = call.ended
         elif not in_backward():
@@ -208,11 +205,8 @@ class Gatherer:
             call.units.append(unit)
             unit.uses += 1
             self.add_external(module, unit)
-            logger.info(
-                "parameters of %s are used by a %s, which keeps them whole from now on",
-                unit.name,
-                type(module).__name__,
-            )
+            kind = type(module).__name__
+            logger.info("parameters of %s are used by a %s, which keeps them whole from now on", unit.name, kind)
 
     def _await_backward(self, call: Call, outputs: list[Tensor]) -> None:
         # Not leaves: hooks on them outlive this forward, and no module's backward lies behind them.
@@ -220,8 +214,7 @@ class Gatherer:
         for tensor in watched.values():
             tensor.register_hook(partial(self._pre_backward, call))
         if watched and not in_backward():
-            for unit in call.units:
-                self._awaited[self._numbers[id(unit)]] += 1
+            self._awaited.update(call.units)
 
     def _pre_backward(self, call: Call, grad: Tensor) -> None:
         task = graph_task()
@@ -232,7 +225,7 @@ class Gatherer:
         self._open.append(call)  # first: a unit that both need is not released in between
         self._finish_later_than(call.ended, task)
         for unit in call.units:
-            self._awaited[self._numbers[id(unit)]] -= 1
+            self._awaited[unit] -= 1
             self._gather(unit)
 
     def _enter_task(self, task: int) -> None:
@@ -245,8 +238,7 @@ class Gatherer:
         torch.autograd.Variable._execution_engine.queue_callback(partial(self._leave_task, task))
 
     def _leave_task(self, task: int) -> None:
-        for call in [call for call in self._open if call.task == task]:
-            self._finish(call)
+        self._finish_later_than(0, task)  # all that is left of it: clocks begin at 1
         if task in self._tasks:
             self._tasks.remove(task)
             if not self._tasks:
@@ -264,7 +256,7 @@ class Gatherer:
                 continue
             if unit.uses == 0 and not unit.stays and not self._keeping:
                 unit.release()
-            if self._awaited[self._numbers[id(unit)]] <= 0:
+            if self._awaited[unit] <= 0:
                 self._when_done(unit)
 
     @torch.no_grad()
@@ -272,14 +264,10 @@ class Gatherer:
         if unit.phase is Phase.GATHERED:
             return
         order = self._backward_order if in_backward() else self._forward_order
-        following = order.visit(self._numbers[id(unit)])
+        following = order.visit(self._numbers[unit])
         unit.gather()
         if self.prefetch and following is not None:
             self.units[following].start_gather()
-
-    def _tick(self) -> int:
-        self._clock += 1
-        return self._clock
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:  # whatever a module returns

@@ -8,7 +8,6 @@ that torch.distributed.checkpoint can save and load.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +71,7 @@ class ShardedParameter(torch.Tensor):
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedParameter:
-        local = copy.deepcopy(self.local.detach().clone(), memo)
+        local = self.local.detach().clone()  # not a deep copy: that would take the unit's whole buffer along
         return ShardedParameter(
             self.shape, local, self.owned, fqn=self.fqn, touch=refuse, requires_grad=self.requires_grad
         )
@@ -82,7 +81,7 @@ class ShardedParameter(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.Tensor.detach, torch.Tensor.__deepcopy__) or _is_metadata(func):
+        if func in _ANSWERED:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         args, kwargs = pytree.tree_map_only(cls, lambda param: param.present, (args, kwargs))
@@ -99,8 +98,7 @@ class ShardedParameter(torch.Tensor):
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             source = args[0]
             return cls(source.shape, source.local, source.owned, fqn=source.fqn, touch=source.touch)
-        held = next(arg for arg in pytree.tree_leaves((args, kwargs)) if isinstance(arg, cls))
-        return refuse(held)
+        return refuse(next(arg for arg in pytree.tree_leaves((args, kwargs)) if isinstance(arg, cls)))
 
     # torch.distributed.checkpoint's protocol for tensors that know their own chunks (private: torch 2.11 to 2.13).
 
@@ -108,9 +106,8 @@ class ShardedParameter(torch.Tensor):
         if not self.numel():  # every rank tells of it; who writes it is the planner's choice
             yield Box((0,) * self.ndim, tuple(self.shape), 0), self.local.view(self.shape)
         for box in boxes(tuple(self.shape), self.owned):
-            start = box.start - self.owned.start
             numel = torch.Size(box.sizes).numel()
-            yield box, self.local[start : start + numel].view(box.sizes)
+            yield box, self.local.narrow(0, box.start - self.owned.start, numel).view(box.sizes)
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [_chunk(box) for box, _ in self._boxes()]
@@ -152,12 +149,12 @@ def _copy_into(target: Tensor, source: Tensor, non_blocking: bool = False) -> Te
         raise ShardedAccessError(
             f"{target.fqn!r} has shape {tuple(target.shape)}; a tensor of shape {tuple(source.shape)} does not fit"
         )
-    if isinstance(source, ShardedParameter):
-        if source.owned != target.owned:
-            raise ShardedAccessError(f"{target.fqn!r}: source and target are sharded differently")
+    if not isinstance(source, ShardedParameter):
+        part = source.detach().reshape(-1)[target.owned.start : target.owned.stop]
+    elif source.owned == target.owned:
         part = source.local
     else:
-        part = source.detach().reshape(-1)[target.owned.start : target.owned.stop]
+        raise ShardedAccessError(f"{target.fqn!r}: source and target are sharded differently")
     with torch.no_grad():
         target.local.copy_(part)
     return target
@@ -172,14 +169,10 @@ _METADATA_PROPERTIES = """
     is_mps is_xpu is_nested itemsize nbytes names _version grad_fn retains_grad is_sparse_csr is_mtia is_ipu is_hpu
     is_maia is_xla is_vulkan _backward_hooks _is_param grad_dtype
 """
-_METADATA: set[Any] = {getattr(torch.Tensor, name) for name in _METADATA_METHODS.split() if hasattr(torch.Tensor, name)}
-for _name in _METADATA_PROPERTIES.split():
-    _property = getattr(torch.Tensor, _name, None)
-    for _accessor in ("__get__", "__set__"):
-        if hasattr(_property, _accessor):
-            _METADATA.add(getattr(_property, _accessor))
-
-
-def _is_metadata(func: Any) -> bool:
-    """Whether `func` asks about the tensor rather than for its values."""
-    return func in _METADATA
+# What a stand-in answers itself: what asks about the tensor rather than for its values, as far as this torch has it.
+_ANSWERED: set[Any] = {getattr(torch.Tensor, name, None) for name in f"detach __deepcopy__ {_METADATA_METHODS}".split()}
+_ANSWERED |= {
+    getattr(getattr(torch.Tensor, name, None), accessor, None)
+    for name in _METADATA_PROPERTIES.split()
+    for accessor in ("__get__", "__set__")
+}

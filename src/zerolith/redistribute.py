@@ -42,19 +42,19 @@ def _all_reduce(source: FlatBuffer, target: FlatBuffer, comm: Comm, name: str, f
     # Not the backend's all-reduce: its order of additions is its own, and the sum must have the bits that a
     # reduce-scatter gives at the other stages. The bytes are the same.
     reduced = comm.reduce_scatter(source.data, target.own().data, fresh=fresh, name=name)
-    return _Then(reduced, lambda: comm.all_gather(target.data, name=name))
+    return Then(reduced, lambda: comm.all_gather(target.data, name=name).wait())
 
 
-class _Then:
-    """A collective, and one that starts when it is done."""
+class Then:
+    """A collective, and what follows when it is done."""
 
-    def __init__(self, first: Pending, start_second: Callable[[], Pending]) -> None:
+    def __init__(self, first: Pending, finish: Callable[[], None]) -> None:
         self._first = first
-        self._start_second = start_second
+        self._finish = finish
 
     def wait(self) -> None:
         self._first.wait()
-        self._start_second().wait()
+        self._finish()
 
 
 _Move = Callable[[FlatBuffer, FlatBuffer, Comm, str, bool], Pending]

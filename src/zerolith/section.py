@@ -23,7 +23,7 @@ from zerolith.layout import plan_layout
 from zerolith.parameter import ShardedParameter, Touch
 from zerolith.partitioning import REPLICATE, SHARD, Partitioning
 from zerolith.precision import Precision
-from zerolith.redistribute import redistribute
+from zerolith.redistribute import Then, redistribute
 
 
 class Granularity(Enum):
@@ -93,8 +93,9 @@ class Section:
             groups=[member.group for member in members],
         )
         packed = self._pack()
-        self.whole = self._cast(packed, plan.precision.compute_dtype(packed.data.dtype))
-        self.weights = self.whole if plan.partitioning.params is REPLICATE else self._own_copy(self.whole)
+        compute = plan.precision.compute_dtype(packed.data.dtype)
+        self.whole = FlatBuffer(self.layout, REPLICATE, packed.data.to(compute), rank=packed.rank)
+        self.weights = self.whole if plan.partitioning.params is REPLICATE else self.whole.copy(SHARD, compute)
         self.owners = list(owners)  # rank that steps each tensor, where whole tensors are stepped on shards
         self.main = self._make_main(packed)
         self.masters = self._make_masters(packed)  # by index: whole tensors that this rank owns, master dtype
@@ -103,7 +104,11 @@ class Section:
         # What parameters hold while `whole` is released.
         self._absent = [_absent(view) for view in self._views] if self.is_sharded else []
         self.stand_ins = self._make_stand_ins(touch)
-        self._adopt()
+        for member, view in zip(self.members, self._views, strict=True):
+            member.param.data = view  # its old storage goes
+            member.install(member.param)
+        self._versions = self._current_versions()
+        self.drop_edits()
 
     @property
     def is_sharded(self) -> bool:
@@ -150,8 +155,7 @@ class Section:
     def start_publish(self) -> Pending:
         """Begin to bring the optimizer's result to the weights. Collective where params rest whole."""
         source = self.main if self.main is not None else self.weights.own()
-        pending = redistribute(source, self.weights, comm=self.plan.comm, name=self.name)
-        return _Published(pending, self)
+        return Then(redistribute(source, self.weights, comm=self.plan.comm, name=self.name), self.mark_written)
 
     def mark_written(self) -> None:
         """Tell autograd and `edited()` that the weights' content is ours and new."""
@@ -183,7 +187,7 @@ class Section:
 
     def write_slot(self, index: int, flat: Tensor) -> None:
         """Make `flat`, the whole tensor `index` flattened and equal on every rank, the weights' content."""
-        own = self.weights.own() if not self.is_sharded else self.weights
+        own = self.weights.own()
         part = self.layout.owned(index, own.rank)
         own.local(index).copy_(flat[part.start : part.stop])
         if not self.is_sharded or self.stand_ins[index].gathered is not None:
@@ -213,13 +217,6 @@ class Section:
         comm.broadcast(packed.data, name=self.name)
         return packed
 
-    def _cast(self, buffer: FlatBuffer, dtype: torch.dtype) -> FlatBuffer:
-        return FlatBuffer(self.layout, buffer.placement, buffer.data.to(dtype), rank=buffer.rank)
-
-    def _own_copy(self, buffer: FlatBuffer) -> FlatBuffer:
-        own = buffer.own()
-        return FlatBuffer(self.layout, SHARD, own.data.clone(), rank=own.rank)
-
     def _make_main(self, packed: FlatBuffer) -> FlatBuffer | None:
         optim = self.plan.partitioning.optim
         if not self.trained or (self.granularity is Granularity.TENSOR and optim is SHARD):
@@ -227,9 +224,7 @@ class Section:
         dtype = self.plan.precision.master_dtype(packed.data.dtype)
         if dtype == self.weights.data.dtype:
             return self.weights.own() if optim is SHARD else self.weights
-        source = packed.own() if optim is SHARD else packed
-        copy = source.data.to(dtype, copy=True)
-        return FlatBuffer(self.layout, optim, copy, rank=packed.rank)
+        return packed.copy(optim, dtype)
 
     def _make_masters(self, packed: FlatBuffer) -> dict[int, Tensor]:
         if self.main is not None or not self.trained:
@@ -241,11 +236,9 @@ class Section:
     def _make_grads(self) -> FlatBuffer | None:
         if not self.trained:
             return None
+        comm, optim = self.plan.comm, self.plan.partitioning.optim
         dtype = self.plan.precision.accumulate_dtype(self.members[0].param.dtype)
-        comm = self.plan.comm
-        grads = FlatBuffer.zeros(
-            self.layout, self.plan.partitioning.optim, rank=comm.rank, dtype=dtype, device=comm.device
-        )
+        grads = FlatBuffer.zeros(self.layout, optim, rank=comm.rank, dtype=dtype, device=comm.device)
         grads.release()  # until the first gradient comes
         return grads
 
@@ -264,14 +257,6 @@ class Section:
             for index, member in enumerate(self.members)
         ]
 
-    def _adopt(self) -> None:
-        """Make every parameter a view of `whole`; its old storage goes."""
-        for index, member in enumerate(self.members):
-            member.param.data = self._views[index]
-            member.install(member.param)
-        self._versions = self._current_versions()
-        self.drop_edits()
-
 
 def _absent(view: Tensor) -> Tensor:
     """A tensor of `view`'s shape for a parameter whose memory is freed: reading that would crash the process.
@@ -287,13 +272,3 @@ def _follow(master: Tensor, weights: Tensor) -> None:
     if master.untyped_storage().data_ptr() != weights.untyped_storage().data_ptr():
         changed = weights != master.to(weights.dtype)
         master.copy_(torch.where(changed, weights.to(master.dtype), master))
-
-
-class _Published:
-    def __init__(self, pending: Pending, section: Section) -> None:
-        self._pending = pending
-        self._section = section
-
-    def wait(self) -> None:
-        self._pending.wait()
-        self._section.mark_written()

@@ -55,14 +55,13 @@ class ShardedModel:
         self._granularity = granularity
         plans = plan_units(model, members, policy)
         self.units = [self._make_unit(unit_plan, policy, is_root=unit_plan is plans[0]) for unit_plan in plans]
-        self.places = {
-            id(member): Place(unit, section, index)
+        self._places = {  # of parameters and their stand-ins, by id: their sections keep them alive
+            id(tensor): Place(unit, section, index)
             for unit in self.units
             for section in unit.sections
-            for index, member in enumerate(section.members)
+            for tensors in ([member.param for member in section.members], section.stand_ins)
+            for index, tensor in enumerate(tensors)
         }
-        self._by_name = {place.member.name: place for place in self.places.values()}
-        self._by_param = {id(place.member.param): place for place in self.places.values()}
         # Backward meets the last unit first; the root, which is used at both ends, completes last.
         self.gradients = [
             Gradients(section, plan.partitioning, plan.precision, plan.comm)
@@ -82,11 +81,7 @@ class ShardedModel:
 
     def place_of(self, param: Tensor) -> Place | None:
         """Where `param`, a real parameter or its stand-in, lives; None if it is not of this model."""
-        if isinstance(param, ShardedParameter):
-            place = self._by_name.get(param.fqn)
-            known = place is not None and any(param is stand_in for stand_in in place.section.stand_ins)
-            return place if known else None
-        return self._by_param.get(id(param))
+        return self._places.get(id(param))
 
     def gradients_of(self, section: Section) -> Gradients | None:
         return next((own for own in self.gradients if own.section is section), None)
@@ -189,14 +184,12 @@ class ShardedModel:
     def _reduces_done(self) -> Callable[[Unit], None]:
         """What tells the reducer that a unit's backward is over."""
         reducer = self.reducer  # not self: that would be a cycle
-        numbers: dict[int, list[int]] = {id(unit): [] for unit in self.units}
-        for number, own in enumerate(self.gradients):
-            unit = next(unit for unit in self.units if own.section in unit.sections)
-            numbers[id(unit)].append(number)
+        numbers = {own.section: number for number, own in enumerate(self.gradients)}
 
         def when_done(unit: Unit) -> None:
-            for number in numbers[id(unit)]:
-                reducer.ready(number)
+            for section in reversed(unit.sections):
+                if section.trained:
+                    reducer.ready(numbers[section])
 
         return when_done
 

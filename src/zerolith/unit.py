@@ -68,8 +68,7 @@ class Unit:
         """Let go of the whole parameters. Does not communicate; waits for a gather under way."""
         if not self.is_sharded or self.phase is Phase.REST:
             return
-        if self.phase is Phase.GATHERING:
-            self.gather()
+        self.gather()  # what is under way comes to its end
         for section in self.sections:
             section.release()
         self._move(Phase.REST)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -62,14 +63,14 @@ def plan_units(model: nn.Module, members: Sequence[Member], policy: WrapPolicy) 
     """
     plans = [UnitPlan(name="root", module=model)]
     owner: dict[int, UnitPlan] = {}
-    for name, module in _unit_modules(model, policy):
+    for name, module in _unit_modules(model, "", policy, seen={id(model)}):
         plan = UnitPlan(name=name, module=module)
         plans.append(plan)
         for inner in module.modules():
             owner.setdefault(id(inner), plan)
     for member in members:
-        candidates = {id(owner.get(id(module), plans[0])) for module, _ in member.homes}
-        plan = owner.get(id(member.homes[0][0]), plans[0]) if len(candidates) == 1 else plans[0]
+        candidates = {owner.get(id(module), plans[0]) for module, _ in member.homes}
+        plan = candidates.pop() if len(candidates) == 1 else plans[0]
         plan.members.append(member)
     return [plan for plan in plans if plan.members or plan.module is model]
 
@@ -96,22 +97,21 @@ def split_members(members: Sequence[Member], *, bucket_numel: int) -> Iterator[l
             yield bucket
 
 
-def _unit_modules(model: nn.Module, policy: WrapPolicy) -> Iterator[tuple[str, nn.Module]]:
-    seen: set[int] = {id(model)}
-
-    def visit(parent: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-        repeated = _repeated_classes(parent)
-        for name, child in parent.named_children():
-            if id(child) in seen:
-                continue
-            seen.add(id(child))
-            child_path = f"{path}.{name}" if path else name
-            if _is_unit(child, child_path, repeated, policy):
-                yield child_path, child
-            else:
-                yield from visit(child, child_path)
-
-    yield from visit(model, "")
+def _unit_modules(
+    parent: nn.Module, path: str, policy: WrapPolicy, *, seen: set[int]
+) -> Iterator[tuple[str, nn.Module]]:
+    """The units inside `parent` and their paths; `seen` are the ids of modules that have been met."""
+    is_container = isinstance(parent, (nn.ModuleList, nn.Sequential, nn.ModuleDict))
+    repeated = Counter(type(child) for child in parent.children()) if is_container else {}
+    for name, child in parent.named_children():
+        if id(child) in seen:
+            continue
+        seen.add(id(child))
+        child_path = f"{path}.{name}" if path else name
+        if _is_unit(child, child_path, repeated, policy):
+            yield child_path, child
+        else:
+            yield from _unit_modules(child, child_path, policy, seen=seen)
 
 
 def _is_unit(module: nn.Module, path: str, repeated: Mapping[type, int], policy: WrapPolicy) -> bool:
@@ -125,11 +125,3 @@ def _is_unit(module: nn.Module, path: str, repeated: Mapping[type, int], policy:
     is_block = repeated.get(kind, 0) > 1
     is_leaf = next(module.children(), None) is None
     return (is_block or is_leaf) and sum(param.numel() for param in module.parameters()) >= policy.min_numel
-
-
-def _repeated_classes(parent: nn.Module) -> dict[type, int]:
-    counts: dict[type, int] = {}
-    if isinstance(parent, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
-        for child in parent.children():
-            counts[type(child)] = counts.get(type(child), 0) + 1
-    return counts

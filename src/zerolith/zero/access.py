@@ -7,7 +7,7 @@ be asked for between the last micro-batch's backward and step().
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from zerolith.errors import UsageError
 from zerolith.gradients import Gradients
 from zerolith.layout import Range
-from zerolith.partitioning import REPLICATE
+from zerolith.partitioning import REPLICATE, SHARD
 from zerolith.zero.owners import Owner, owner_of
 
 Part = tuple[Tensor, Range]  # a flat view, and where it lies in the flattened parameter
@@ -24,81 +24,74 @@ Part = tuple[Tensor, Range]  # a flat view, and where it lies in the flattened p
 def safe_get_full_fp32_param(param: Tensor) -> Tensor | None:
     """The master weights, in the parameter's shape and the master dtype; None if the parameter is not trained."""
     owner = _owner(param)
-    return None if owner.gradients is None else _whole(owner, _master_parts(owner), param.shape)
+    return None if owner.gradients is None else _whole(owner, _stepped_parts(owner))
 
 
 def safe_get_full_grad(param: Tensor) -> Tensor | None:
     """The mean gradient over ranks and micro-batches; None if none has been reduced since the last step."""
     owner = _owner(param)
-    own = owner.gradients
-    if own is None or own.fresh or own.term is not None:
+    if not _has_mean(owner.gradients):
         return None
-    return _whole(owner, _grad_parts(owner, own), param.shape, flat_shards=True).div_(owner.terms())
+    return _whole(owner, _grad_parts(owner), flat_shards=True).div_(owner.terms())
 
 
 def safe_get_full_optimizer_state(param: Tensor, optim_state_key: str) -> Tensor | None:
     """The optimizer's state `optim_state_key` (exp_avg, momentum_buffer, ...), in the parameter's shape."""
     owner = _owner(param)
-    if owner.gradients is None:
-        return None
-    return _whole(owner, list(_state_parts(owner, optim_state_key)), param.shape)
+    return None if owner.gradients is None else _whole(owner, _stepped_parts(owner, optim_state_key))
 
 
 def safe_set_full_fp32_param(param: Tensor, value: Tensor) -> None:
     """Overwrite the master weights and the weights. `value`: the whole tensor, the same on every rank."""
     owner = _owner(param)
     flat = _checked(param, value)
-    _write(_master_parts(owner), flat)
+    _write(_stepped_parts(owner), flat)
     owner.place.section.write_slot(owner.place.index, flat)
 
 
 def safe_set_full_grad(param: Tensor, value: Tensor) -> None:
     """Overwrite the mean gradient that the next step will use. `value`: the same on every rank."""
     owner = _owner(param)
-    own = _trained(owner)
-    _write(_grad_parts(owner, own), _checked(param, value) * owner.terms())
+    _write(_grad_parts(owner), _checked(param, value) * owner.terms())
 
 
 def safe_set_full_optimizer_state(param: Tensor, value: Tensor, optim_state_key: str) -> None:
     """Overwrite an optimizer state. `value`: the whole tensor, the same on every rank."""
-    _write(list(_state_parts(_owner(param), optim_state_key)), _checked(param, value))
+    _write(_stepped_parts(_owner(param), optim_state_key), _checked(param, value))
 
 
 def safe_get_local_fp32_param(param: Tensor) -> Tensor | None:
     """This rank's flat part of the master weights; empty if it has none."""
     owner = _owner(param)
-    return None if owner.gradients is None else _local(_master_parts(owner), param)
+    return None if owner.gradients is None else _local(_stepped_parts(owner), param)
 
 
 def safe_get_local_grad(param: Tensor) -> Tensor | None:
     """This rank's flat part of the mean gradient."""
     owner = _owner(param)
-    own = owner.gradients
-    if own is None or own.fresh or own.term is not None:
-        return None
-    return _local(_grad_parts(owner, own), param) / owner.terms()
+    return _local(_grad_parts(owner), param) / owner.terms() if _has_mean(owner.gradients) else None
 
 
 def safe_get_local_optimizer_state(param: Tensor, optim_state_key: str) -> Tensor | None:
     """This rank's flat part of an optimizer state."""
     owner = _owner(param)
-    return None if owner.gradients is None else _local(list(_state_parts(owner, optim_state_key)), param)
+    return None if owner.gradients is None else _local(_stepped_parts(owner, optim_state_key), param)
 
 
 def safe_set_local_fp32_param(param: Tensor, value: Tensor) -> None:
     """Overwrite this rank's flat part of the master weights; the weights follow at the next step."""
-    _write_local(_master_parts(_owner(param)), value)
+    _write_local(_stepped_parts(_owner(param)), value)
 
 
 def safe_set_local_grad(param: Tensor, value: Tensor) -> None:
     """Overwrite this rank's flat part of the mean gradient."""
     owner = _owner(param)
-    _write_local(_grad_parts(owner, _trained(owner)), value * owner.terms())
+    _write_local(_grad_parts(owner), value * owner.terms())
 
 
 def safe_set_local_optimizer_state(param: Tensor, value: Tensor, optim_state_key: str) -> None:
     """Overwrite this rank's flat part of an optimizer state."""
-    _write_local(list(_state_parts(_owner(param), optim_state_key)), value)
+    _write_local(_stepped_parts(_owner(param), optim_state_key), value)
 
 
 def _owner(param: Tensor) -> Owner:
@@ -114,6 +107,11 @@ def _trained(owner: Owner) -> Gradients:
     return owner.gradients
 
 
+def _has_mean(own: Gradients | None) -> bool:
+    """Whether a gradient has been reduced since the last step and none has come after it."""
+    return own is not None and not own.fresh and own.term is None
+
+
 def _checked(param: Tensor, value: Tensor) -> Tensor:
     if value.shape != param.shape:
         raise UsageError(
@@ -122,29 +120,30 @@ def _checked(param: Tensor, value: Tensor) -> Tensor:
     return value.detach().reshape(-1)
 
 
-def _master_parts(owner: Owner) -> list[Part]:
+def _stepped_parts(owner: Owner, key: str | None = None) -> list[Part]:
+    """What the optimizer has on this rank: of the master, or of its state `key`."""
     if owner.optimizer is None:
         return []
-    located = owner.optimizer.locate(_trained(owner), owner.place.index)
-    return [(tensor.detach().view(-1)[inside.start : inside.stop], part) for tensor, inside, part in located]
-
-
-def _state_parts(owner: Owner, key: str) -> Iterator[Part]:
-    if owner.optimizer is None:
-        return
+    parts, states = [], owner.optimizer.inner.state
     for tensor, inside, part in owner.optimizer.locate(_trained(owner), owner.place.index):
-        state = owner.optimizer.inner.state.get(tensor, {})
-        if key not in state:
-            known = ", ".join(state) or "none before the first step"
-            raise UsageError(f"{owner.place.member.name!r} has no optimizer state {key!r}; it has: {known}")
-        value = state[key]
-        if not isinstance(value, Tensor) or value.shape != tensor.shape:
-            raise UsageError(f"optimizer state {key!r} is not one number per element; read it from optimizer.state")
-        yield value.view(-1)[inside.start : inside.stop], part
+        value = tensor.detach() if key is None else _state(owner, states.get(tensor, {}), key, tensor.shape)
+        parts.append((value.view(-1)[inside.start : inside.stop], part))
+    return parts
 
 
-def _grad_parts(owner: Owner, own: Gradients) -> list[Part]:
+def _state(owner: Owner, state: Mapping[str, object], key: str, shape: torch.Size) -> Tensor:
+    if key not in state:
+        known = ", ".join(state) or "none before the first step"
+        raise UsageError(f"{owner.place.member.name!r} has no optimizer state {key!r}; it has: {known}")
+    value = state[key]
+    if not isinstance(value, Tensor) or value.shape != shape:
+        raise UsageError(f"optimizer state {key!r} is not one number per element; read it from optimizer.state")
+    return value
+
+
+def _grad_parts(owner: Owner) -> list[Part]:
     """All that is right on this rank before the step: the shard, or the whole where it is gathered already."""
+    own = _trained(owner)
     owner.sharded.reducer.wait_for_gathers()
     layout, index = own.section.layout, owner.place.index
     if own.gathered and own.sum.placement is REPLICATE:
@@ -153,22 +152,21 @@ def _grad_parts(owner: Owner, own: Gradients) -> list[Part]:
     return [(own.sum.at(part.shift(layout.slots[index].start)), part)] if part.numel else []
 
 
-def _whole(owner: Owner, parts: list[Part], shape: torch.Size, *, flat_shards: bool = False) -> Tensor:
+def _whole(owner: Owner, parts: list[Part], *, flat_shards: bool = False) -> Tensor:
     """Put the ranks' parts together. Collective where states are sharded."""
-    section, index = owner.place.section, owner.place.index
-    sharded = flat_shards or section.plan.partitioning.optim is not REPLICATE
-    comm = section.plan.comm
+    section, index, name = owner.place.section, owner.place.index, owner.place.member.name
+    comm, slot = section.plan.comm, section.layout.slots[index]
     dtype = parts[0][0].dtype if parts else _trained(owner).sum.data.dtype
-    whole = torch.zeros(shape.numel(), dtype=dtype, device=comm.device)
+    whole = torch.zeros(slot.numel, dtype=dtype, device=comm.device)
     for tensor, part in parts:
         whole[part.start : part.stop].copy_(tensor)
-    if sharded:
-        by_rank = [section.layout.owned(index, rank) for rank in range(comm.size)]
-        if section.main is None and not flat_shards:
-            by_rank = [Range(0, shape.numel() if section.owners[index] == rank else 0) for rank in range(comm.size)]
-        for rank, part in enumerate(by_rank):
-            comm.broadcast(whole[part.start : part.stop], source=rank, name=owner.place.member.name)
-    return whole.view(shape)
+    if section.main is None and not flat_shards:  # its owner has the whole tensor
+        comm.broadcast(whole, source=section.owners[index], name=name)
+    elif flat_shards or section.plan.partitioning.optim is SHARD:
+        for rank in range(comm.size):
+            part = section.layout.owned(index, rank)
+            comm.broadcast(whole[part.start : part.stop], source=rank, name=name)
+    return whole.view(slot.shape)
 
 
 def _write(parts: list[Part], flat: Tensor) -> None:
@@ -182,11 +180,11 @@ def _local(parts: list[Part], param: Tensor) -> Tensor:
 
 
 def _write_local(parts: list[Part], value: Tensor) -> None:
-    held = sum(part.numel for _, part in parts)
-    if value.numel() != held:
-        raise UsageError(f"this rank holds {held} elements of the parameter; a value of {value.numel()} does not fit")
-    start = 0
+    held = [part.numel for _, part in parts]
+    if value.numel() != sum(held):
+        raise UsageError(
+            f"this rank holds {sum(held)} elements of the parameter; a value of {value.numel()} does not fit"
+        )
     with torch.no_grad():
-        for tensor, part in parts:
-            tensor.copy_(value.reshape(-1)[start : start + part.numel])
-            start += part.numel
+        for (tensor, _), piece in zip(parts, value.reshape(-1).split(held), strict=True):
+            tensor.copy_(piece)

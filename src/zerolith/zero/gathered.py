@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zerolith.comm import Comm
 from zerolith.errors import UsageError
 from zerolith.hooks import in_backward
 from zerolith.parameter import ShardedParameter
@@ -39,20 +37,17 @@ class GatheredParameters:
         self._origins = [
             param.origin
             for param in distinct.values()
-            if isinstance(param, ShardedParameter) and isinstance(param.origin, Origin) and owner_of(param) is None
+            if isinstance(param, ShardedParameter) and isinstance(param.origin, Origin)
         ]
 
     def __enter__(self) -> None:
         for owner in self._owners:
-            unit = owner.place.unit
-            unit.uses += 1
-            unit.gather()
+            owner.place.unit.uses += 1
+            owner.place.unit.gather()
         for origin in self._origins:
             origin.open()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
                 self._keep_edits()
@@ -80,9 +75,8 @@ class GatheredParameters:
         sharded = [owner for owner in self._owners if owner.place.section.is_sharded]
         if not sharded:
             return
-        comm: Comm = sharded[0].sharded.comm
         edited = [float(owner.place.section.slot_differs(owner.place.index)) for owner in sharded]
-        flags = comm.max(edited, name="edits without a modifier rank")
+        flags = sharded[0].sharded.comm.max(edited, name="edits without a modifier rank")
         names = [owner.place.member.name for owner, flag in zip(sharded, flags, strict=True) if flag]
         if names:
             raise UsageError(

@@ -9,7 +9,6 @@ whole at a time, plus those of modules whose constructor is still running.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -27,78 +26,63 @@ OPEN_BYTES = 64 * 2**20
 
 
 class Origin:
-    """One parameter under construction: whole (open) or this rank's shard (closed)."""
+    """One parameter under construction: whole (open) or this rank's shard (closed), which its stand-in then holds."""
 
     def __init__(self, param: nn.Parameter, comm: Comm) -> None:
         self.param = param
         self.comm = comm
         self.homes: list[tuple[nn.Module, str]] = []
-        self.is_open = True
         self.is_finished = False  # the constructor of a module that holds it is over
         self.layout: Layout = plan_layout([param.shape], num_shards=comm.size)
-        self.shard: Tensor | None = None  # (layout.shard_numel,) on comm.device; only while closed
-        self.stand_in: ShardedParameter | None = None
+        self.stand_in: ShardedParameter | None = None  # from the first close() on; `gathered` while open
 
     def whole(self) -> Tensor:
         """The whole tensor, without opening it. Collective while closed."""
-        if self.is_open or self.shard is None:
+        if self.stand_in is None or self.stand_in.gathered is not None:
             return self.param.data
-        flat = torch.empty(self.layout.numel, dtype=self.shard.dtype, device=self.shard.device)
-        own = self.layout.shard(self.comm.rank)
-        flat[own.start : own.stop].copy_(self.shard)
+        owned = self.stand_in.owned
+        flat = self.stand_in.local.new_zeros(self.layout.numel)
+        flat[owned.start : owned.stop].copy_(self.stand_in.local)
         self.comm.all_gather(flat, name="zero.Init").wait()
         return flat[: self.param.numel()].view(self.param.shape)
 
     def open(self) -> nn.Parameter:
         """Make it whole and put it into its modules. Collective unless it is open."""
-        if not self.is_open:
+        if self.stand_in is not None and self.stand_in.gathered is None:
             self.param.data = self.whole()
-            self.is_open = True
+            self.stand_in.gathered = self.param
             self._install(self.param)
-            if self.stand_in is not None:
-                self.stand_in.gathered = self.param
         return self.param
 
     @torch.no_grad()
-    def close(self, source: int | None = 0) -> None:
+    def close(self, source: int | None = 0) -> ShardedParameter:
         """Keep this rank's shard of rank `source`'s values (None: of its own) and let the whole go. Collective."""
-        if not self.is_open:
-            return
+        if self.stand_in is not None and self.stand_in.gathered is None:
+            return self.stand_in
         whole = self.param.detach().to(self.comm.device)
         if source is not None:
             self.comm.broadcast(whole, source=source, name="zero.Init")
-        flat = torch.zeros(self.layout.shard_numel, dtype=whole.dtype, device=whole.device)
         owned = self.layout.owned(0, self.comm.rank)
-        flat[: owned.numel].copy_(whole.reshape(-1)[owned.start : owned.stop])
-        self.shard = flat
+        local = whole.reshape(-1)[owned.start : owned.stop].clone()
         # One NaN in the true shape: whoever kept the parameter itself reads NaN and cannot write, instead of
         # reading and writing what nobody keeps.
         self.param.data = torch.full((), torch.nan, dtype=whole.dtype, device=whole.device).expand(whole.shape)
-        self.is_open = False
-        self._close_stand_in(flat[: owned.numel])
-
-    def _close_stand_in(self, local: Tensor) -> None:
         if self.stand_in is None:
             module, name = self.homes[0]
             fqn = f"{type(module).__name__}.{name}"
-            self.stand_in = ShardedParameter(
-                self.param.shape, local, self.layout.owned(0, self.comm.rank), fqn=fqn, touch=refuse
-            )
+            self.stand_in = ShardedParameter(whole.shape, local, owned, fqn=fqn, touch=refuse)
             self.stand_in.origin = self
             self.stand_in.requires_grad_(self.param.requires_grad)
-        self.stand_in.local = local
-        self.stand_in.gathered = None
+        self.stand_in.local, self.stand_in.gathered = local, None
         self._install(self.stand_in)
+        return self.stand_in
 
     def _install(self, param: Tensor) -> None:
         # A home may have been given another parameter since (tied weights) or none at all.
-        self.homes = [home for home in self.homes if self._is_at(*home)]
+        ours = (id(self.param), id(self.stand_in))
+        self.homes = [(module, name) for module, name in self.homes if id(module._parameters.get(name)) in ours]
         for module, name in self.homes:
             module._parameters[name] = param  # type: ignore[assignment]  # a stand-in counts as a parameter
-
-    def _is_at(self, module: nn.Module, name: str) -> bool:
-        held = module._parameters.get(name)
-        return held is not None and id(held) in (id(self.param), id(self.stand_in))
 
 
 class Init:
@@ -128,8 +112,7 @@ class Init:
             with self:
                 for inner in module.modules():
                     for name, param in list(inner._parameters.items()):
-                        if param is not None:
-                            inner.register_parameter(name, param)
+                        inner.register_parameter(name, param)
 
     def __enter__(self) -> Init:
         if self.enabled:
@@ -141,9 +124,7 @@ class Init:
             ]
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -156,8 +137,6 @@ class Init:
         self._open = []
 
     def _on_parameter(self, module: nn.Module, name: str, param: Any) -> Any:
-        if param is None:
-            return None
         origin = self._by_param.get(id(param))
         if isinstance(param, ShardedParameter) and isinstance(param.origin, Origin):
             origin = param.origin
@@ -172,11 +151,10 @@ class Init:
     def _on_module(self, module: nn.Module, name: str, child: nn.Module | None) -> None:
         if child is None:
             return
-        for inner in child.modules():
-            for param in inner._parameters.values():
-                origin = self._by_param.get(id(param))
-                if origin is not None:
-                    origin.is_finished = True
+        for param in child.parameters():
+            origin = self._by_param.get(id(param))
+            if origin is not None:
+                origin.is_finished = True
         self._close_oldest()
 
     def _close_oldest(self, but: Sequence[object] = ()) -> None:
@@ -187,10 +165,8 @@ class Init:
             if excess <= 0:
                 break
             excess -= origin.param.nbytes
-            origin.close()
+            origin.close().touch = self._touch
             self._open.remove(origin)
-            if origin.stand_in is not None:
-                origin.stand_in.touch = self._touch
 
     def _touch(self, stand_in: ShardedParameter, together: Sequence[ShardedParameter]) -> Tensor:
         origin = stand_in.origin

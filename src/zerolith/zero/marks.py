@@ -20,7 +20,7 @@ def set_z3_leaf_modules(model: nn.Module, classes: Iterable[type | str]) -> list
     Call it before `initialize`. Returns the modules; raises ValueError if there are none.
     """
     wanted = list(classes)
-    found = [module for module in model.modules() if _matches(module, wanted)]
+    found = _instances(model.modules(), wanted)
     if not found:
         raise ValueError(f"no module of {type(model).__name__} is an instance of {wanted}")
     _LEAVES.update(found)
@@ -29,10 +29,8 @@ def set_z3_leaf_modules(model: nn.Module, classes: Iterable[type | str]) -> list
 
 def unset_z3_leaf_modules(model: nn.Module, classes: Iterable[type | str]) -> list[nn.Module]:
     """Take `set_z3_leaf_modules` back; returns the modules."""
-    wanted = list(classes)
-    found = [module for module in get_z3_leaf_modules(model) if _matches(module, wanted)]
-    for module in found:
-        _LEAVES.discard(module)
+    found = _instances(get_z3_leaf_modules(model), list(classes))
+    _LEAVES.difference_update(found)
     return found
 
 
@@ -56,8 +54,7 @@ def register_external_parameter(module: nn.Module, parameter: Tensor) -> None:
 
 def unregister_external_parameter(module: nn.Module, parameter: Tensor) -> None:
     """Take `register_external_parameter` back."""
-    remembered = _EXTERNAL.get(module, [])
-    _EXTERNAL[module] = [other for other in remembered if other is not parameter]
+    _EXTERNAL[module] = [other for other in _EXTERNAL.get(module, ()) if other is not parameter]
     owner = owner_of(parameter)
     if owner is not None:
         owner.sharded.gatherer.remove_external(module, owner.place.unit)
@@ -70,5 +67,6 @@ def apply_remembered(model: nn.Module) -> None:
             register_external_parameter(module, parameter)
 
 
-def _matches(module: nn.Module, wanted: list[type | str]) -> bool:
-    return any(isinstance(module, kind) if isinstance(kind, type) else type(module).__name__ == kind for kind in wanted)
+def _instances(modules: Iterable[nn.Module], wanted: list[type | str]) -> list[nn.Module]:
+    classes = tuple(kind for kind in wanted if isinstance(kind, type))
+    return [module for module in modules if isinstance(module, classes) or type(module).__name__ in wanted]
