@@ -42,7 +42,7 @@ class Member:
     homes: list[tuple[nn.Module, str]] = field(default_factory=list)
     group: int = -1  # index of its optimizer param group; -1 if no optimizer has it
     whole: Callable[[], Tensor] | None = None  # for parameters that are sharded already: collective, the whole tensor
-    stand_in: Tensor | None = None  # what the model held instead of `param`, where it was sharded before
+    stand_in: ShardedParameter | None = None  # what the model held instead of `param`, where it was sharded before
     wanted_grad: bool = True  # requires_grad when the engine was made
 
     def __post_init__(self) -> None:
@@ -102,11 +102,16 @@ class Section:
         self.grads = self._make_grads()
         self._views = [self.whole.slot(index) for index in range(len(self.members))]
         # What parameters hold while `whole` is released.
-        self._absent = [_absent(view) for view in self._views] if self.is_sharded else []
+        self._absent = [absent(view) for view in self._views] if self.is_sharded else []
         self.stand_ins = self._make_stand_ins(touch)
         for member, view in zip(self.members, self._views, strict=True):
             member.param.data = view  # its old storage goes
             member.install(member.param)
+            member.whole = None
+        for index, member in enumerate(self.members):
+            if member.stand_in is not None:  # an optimizer or the user may keep it: its memory is ours from now on
+                member.stand_in.local, member.stand_in.origin = self.weights.own().local(index), None
+                member.stand_in.owned = self.layout.owned(index, packed.rank)
         self._versions = self._current_versions()
         self.drop_edits()
 
@@ -258,7 +263,7 @@ class Section:
         ]
 
 
-def _absent(view: Tensor) -> Tensor:
+def absent(view: Tensor) -> Tensor:
     """A tensor of `view`'s shape for a parameter whose memory is freed: reading that would crash the process.
 
     Code that kept the parameter itself, not looking it up in its module, computes NaN.

@@ -182,3 +182,46 @@ def keep_dtype() -> None:
 
 def test_dtype_is_that_of_the_new_parameters() -> None:
     run_ranks(2, keep_dtype)
+
+
+class WithIntegers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.arange(600), requires_grad=False)
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.inner(x) * self.table.sum()).mean()
+
+
+def build_with_integers() -> None:
+    model = build(lambda: nn.Sequential(WithIntegers()), 0, sharded=True)
+    with zerolith.zero.GatheredParameters(list(model.parameters())):
+        assert torch.equal(model[0].table, torch.arange(600))
+
+
+def test_integer_parameters_are_sharded_too() -> None:
+    run_ranks(2, build_with_integers)
+
+
+def kept_after_initialize(stage: int) -> tuple[int, int]:
+    init_module.OPEN_BYTES = 256 * 256 * 4
+    model = build(Deep, 0, sharded=True)
+    kept = list(model.parameters())  # as an optimizer does that was built on them
+    optimizer = torch.optim.SGD(kept, lr=0.1)
+    numel = sum(param.numel() for param in kept)
+    gc.collect()
+    before = live_bytes()
+    engine = zerolith.initialize(model=model, optimizer=optimizer, config=zero_config(stage))[0]
+    gc.collect()
+    held = numel * 4 // (2 if stage == 3 else 1)
+    growth = live_bytes() - before + numel * 4 // 2  # the shards that construction left were there before
+    assert engine.zero_optimization_stage() == stage
+    assert all(param.local.numel() == param.owned.numel for param in kept)
+    return growth, held
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_shards_of_construction_go_when_the_engine_has_its_own(stage: int) -> None:
+    for growth, held in run_ranks(2, kept_after_initialize, stage):
+        assert growth <= 1.05 * held + 64 * 1024

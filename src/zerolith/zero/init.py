@@ -21,6 +21,7 @@ from torch.nn.modules.module import (
 from zerolith.comm import Comm, default_comm, init_distributed
 from zerolith.layout import Layout, plan_layout
 from zerolith.parameter import ShardedParameter, refuse
+from zerolith.section import absent
 
 OPEN_BYTES = 64 * 2**20
 
@@ -64,9 +65,7 @@ class Origin:
             self.comm.broadcast(whole, source=source, name="zero.Init")
         owned = self.layout.owned(0, self.comm.rank)
         local = whole.reshape(-1)[owned.start : owned.stop].clone()
-        # One NaN in the true shape: whoever kept the parameter itself reads NaN and cannot write, instead of
-        # reading and writing what nobody keeps.
-        self.param.data = torch.full((), torch.nan, dtype=whole.dtype, device=whole.device).expand(whole.shape)
+        self.param.data = absent(whole)  # whoever kept the parameter itself cannot write what nobody keeps
         if self.stand_in is None:
             module, name = self.homes[0]
             fqn = f"{type(module).__name__}.{name}"
