@@ -260,20 +260,41 @@ def expected_bytes(world: int, *, weight: int, accumulated: int) -> dict[tuple[i
         0: lambda gas: total * (weight + accumulated),
         1: lambda gas: 2 * total * weight,
         2: lambda gas: (gas + 1) * total * weight,
-        3: lambda gas: (3 * total - ROOT) * gas * weight,
+        3: lambda gas: (3 * total - ROOT - UNIT) * gas * weight,
     }
     return {(stage, gas): formulas[stage](gas) * (world - 1) // world for stage in STAGES for gas in (1, 2, 3)}
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_step_in_fp32_sends_what_the_formulas_say(world: int) -> None:
-    """2fP at stages 0 and 1, (G + 1)fP at stage 2, 3GfP less a gather of the root per micro-batch at stage 3."""
+    """2fP at stages 0 and 1, (G + 1)fP at 2, 3GfP less a gather of root and last unit per micro-batch at 3."""
     assert run_ranks(world, sent_by_stage, False) == [expected_bytes(world, weight=4, accumulated=4)] * world
 
 
 def test_a_step_in_bf16_sends_half_but_stage_0_gathers_the_sum_of_gradients_in_fp32() -> None:
     """So that it steps with the same bits as the stages that do not gather the sum at all."""
     assert run_ranks(2, sent_by_stage, True) == [expected_bytes(2, weight=2, accumulated=4)] * 2
+
+
+def planned_and_sent(half: bool) -> dict[tuple[int, int], tuple[dict[str, int], dict[str, int]]]:
+    found = {}
+    for stage in STAGES:
+        for gas in (1, 3):
+            engine = start_engine(Tower(), config_for(stage, gradient_accumulation_steps=gas, bf16={"enabled": half}))
+            one_step(engine)
+            traffic = engine._sharded.comm.traffic
+            traffic.clear()
+            one_step(engine)
+            sent = {op: traffic.sent.get(op, 0) for op in ("all_gather", "reduce_scatter")}
+            found[stage, gas] = (engine.summary().wire_bytes_per_step, sent)
+    return found
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
+def test_the_summary_plans_what_a_step_sends(half: bool) -> None:
+    for found in run_ranks(2, planned_and_sent, half):
+        for case, (planned, sent) in found.items():
+            assert planned == sent, case
 
 
 def sends_nothing(stage: int) -> int:

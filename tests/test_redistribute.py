@@ -87,7 +87,7 @@ def sum_of_large_and_small(target: Placement) -> list[float]:
     layout = plan_layout([(BLOCK * comm.size,)], num_shards=comm.size)
     term = [1e8, 1.0, -1e8, 1.0][comm.rank]
     source = FlatBuffer(layout, PARTIAL, torch.full((layout.numel,), term), rank=comm.rank)
-    sums = FlatBuffer.zeros(layout, target, rank=comm.rank, dtype=torch.float32, device=comm.device)
+    sums = FlatBuffer.empty(layout, target, rank=comm.rank, dtype=torch.float32, device=comm.device)
     redistribute(source, sums, comm=comm, name="sum").wait()
     return sums.data.unique().tolist()
 
@@ -132,7 +132,7 @@ def test_moves_to_what_a_rank_has_already_do_not_communicate() -> None:
 
 def test_a_released_buffer_keeps_its_views_and_takes_no_memory() -> None:
     layout = plan_layout([(3, 4), (2,)], num_shards=1)
-    buffer = FlatBuffer.zeros(layout, REPLICATE, rank=0, dtype=torch.float32, device=torch.device("cpu"))
+    buffer = FlatBuffer.empty(layout, REPLICATE, rank=0, dtype=torch.float32, device=torch.device("cpu"))
     view = buffer.slot(0)
     buffer.release()
     assert (buffer.is_allocated, view.untyped_storage().nbytes()) == (False, 0)

@@ -25,7 +25,6 @@ def test_the_first_pass_predicts_nothing_and_the_second_everything() -> None:
     ("known", "visits", "expected"),
     [
         ([0, 1, 2, 3], [0, 2, 3], [1, 3, None]),  # one is skipped
-        ([0, 1, 2], [0, 1, 1, 2], [1, 2, None, None]),  # one more call of the same
         ([0, 1, 2], [0, 7, 1, 2], [1, None, 2, None]),  # a stranger comes between
         ([0, 1, 0, 1], [0, 1, 0, 1], [1, 0, 1, None]),  # units that are used twice
         ([0, 1, 2], [2, 1, 0], [None, None, None]),  # the other way round
@@ -40,11 +39,37 @@ def test_a_pass_that_differs_is_followed_where_it_meets_the_known_one(
     assert predictions(order, visits)[:-1] == visits[1:], "the last pass is the prediction for the next"
 
 
+def test_a_unit_that_is_used_again_at_once_counts_once() -> None:
+    order = Order()
+    predictions(order, [0, 1, 1, 2])
+    assert predictions(order, [0, 1, 1, 1, 2]) == [1, 2, 2, 2, None]
+
+
 def test_a_pass_without_visits_leaves_what_is_known() -> None:
     order = Order()
     predictions(order, [0, 1])
     predictions(order, [])
     assert predictions(order, [0, 1]) == [1, None]
+
+
+@pytest.mark.parametrize(
+    ("known", "visits", "last"),
+    [
+        ([0, 1, 2], [0, 1, 2], [False, False, True]),
+        ([0, 1, 0, 1], [0, 1, 0, 1], [False, False, False, True]),  # used once more: not yet
+        ([0, 1, 2], [0, 2, 1], [False, True, False]),
+        ([], [0, 1], [False, False]),
+    ],
+)
+def test_the_end_of_a_pass_is_known_when_it_comes(known: list[int], visits: list[int], last: list[bool]) -> None:
+    order = Order()
+    predictions(order, known)
+    order.restart()
+    ends = []
+    for unit in visits:
+        order.visit(unit)
+        ends.append(order.ends_with(unit))
+    assert ends == last
 
 
 @settings(max_examples=100, deadline=None, database=None, derandomize=True)

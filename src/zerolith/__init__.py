@@ -12,40 +12,31 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zerolith import errors, zero
-    from zerolith.comm import init_distributed
-    from zerolith.engine import Engine
-    from zerolith.initialize import add_config_arguments, initialize
-    from zerolith.status import StepReport
+    from zerolith import errors as errors, zero as zero
+    from zerolith.comm import init_distributed as init_distributed
+    from zerolith.engine import Engine as Engine
+    from zerolith.initialize import add_config_arguments as add_config_arguments, initialize as initialize
+    from zerolith.status import StepReport as StepReport
 
 __version__ = "0.1.0"
-__all__ = [
-    "Engine",
-    "StepReport",
-    "add_config_arguments",
-    "errors",
-    "init_distributed",
-    "initialize",
-    "zero",
-]
 
-_HOMES = {
+_HOMES = {  # a name that its home does not hold is the home itself
     "Engine": "zerolith.engine",
     "StepReport": "zerolith.status",
     "add_config_arguments": "zerolith.initialize",
-    "errors": "",
+    "errors": "zerolith.errors",
     "init_distributed": "zerolith.comm",
     "initialize": "zerolith.initialize",
-    "zero": "",
+    "zero": "zerolith.zero",
 }
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:  # a public name, loaded when it is first asked for
     if name not in _HOMES:
         raise AttributeError(f"module 'zerolith' has no attribute {name!r}")
-    home = _HOMES[name]
-    value = getattr(importlib.import_module(home), name) if home else importlib.import_module(f"zerolith.{name}")
-    globals()[name] = value
+    home = importlib.import_module(_HOMES[name])
+    value = globals()[name] = getattr(home, name, home)
     return value
 
 

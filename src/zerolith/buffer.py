@@ -23,11 +23,12 @@ class FlatBuffer:
         self.data = data
 
     @classmethod
-    def zeros(
+    def empty(
         cls, layout: Layout, placement: Placement, *, rank: int, dtype: torch.dtype, device: torch.device
     ) -> FlatBuffer:
+        """A buffer with undefined content."""
         numel = layout.shard_numel if placement is SHARD else layout.numel
-        return cls(layout, placement, torch.zeros(numel, dtype=dtype, device=device), rank=rank)
+        return cls(layout, placement, torch.empty(numel, dtype=dtype, device=device), rank=rank)
 
     def at(self, elements: Range) -> Tensor:
         """(elements.numel,) view of a range of the layout that lies inside this buffer."""
@@ -47,6 +48,11 @@ class FlatBuffer:
         if self.placement is SHARD:
             return self
         return FlatBuffer(self.layout, SHARD, self.at(self.layout.shard(self.rank)), rank=self.rank)
+
+    def zero_gaps(self) -> None:
+        """Write zeros where no tensor lies; not for SHARD buffers."""
+        for gap in self.layout.gaps():
+            self.at(gap).zero_()
 
     def copy(self, placement: Placement, dtype: torch.dtype) -> FlatBuffer:
         """What SHARD, or this buffer's own placement, keeps of it: in `dtype` and in memory of its own."""

@@ -28,9 +28,8 @@ class MicroBatchSampler(Sampler[list[int]]):
         self.num_ranks = num_ranks
         self.seed = seed
         self.epoch = 0
-        full = num_samples // (micro_batch * num_ranks)
-        has_rest = num_samples > full * micro_batch * num_ranks
-        self.num_batches = full + int(has_rest and not drop_last)  # of each rank
+        per_round = micro_batch * num_ranks
+        self.num_batches = num_samples // per_round if drop_last else -(-num_samples // per_round)  # of each rank
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next pass."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -14,10 +14,9 @@ from torch.optim import Optimizer
 
 from zerolith.config import Config
 from zerolith.errors import UsageError
-from zerolith.micro_steps import MicroSteps
 from zerolith.observe import Summary, summarize
 from zerolith.optim import PartitionedOptimizer, ZeroOptimizer, examine
-from zerolith.precision import LossScaler, Precision
+from zerolith.precision import LossScaler
 from zerolith.sharded_model import ShardedModel
 from zerolith.status import Status, StepReport
 from zerolith.zero.marks import apply_remembered
@@ -40,11 +39,10 @@ class Engine(Status):
         module: nn.Module,
         config: Config,
         sharded: ShardedModel,
-        precision: Precision,
         scaler: LossScaler,
         optimizer: Optimizer | None,
     ) -> None:
-        super().__init__()
+        super().__init__(config, sharded, scaler)
         self.module = module
         self.config: Mapping[str, Any] = config.raw
         self.lr_scheduler: Any = None  # anything with step()
@@ -52,28 +50,21 @@ class Engine(Status):
         self.global_steps = 0
         self.global_samples = 0
         self.skipped_steps = 0
-        self.report = None
-        self._settings = config
-        self._sharded = sharded
-        self._precision = precision
-        self._scaler = scaler
-        self._micro = MicroSteps(config.gradient_accumulation_steps or 1)
         self._syncing = True
         self._in_backward = False
         self._managed = False  # the backward under way is engine.backward's, or of a loss that scale() has seen
-        self._applied = False
-        self._destroyed = False
         self._partitioned = PartitionedOptimizer(optimizer, sharded.gradients, sharded.comm) if optimizer else None
         self.basic_optimizer = optimizer
-        this = weakref.ref(self)  # hooks must not keep a dropped engine alive
-        sharded.reducer.before_first = lambda: _call(this, Engine._on_backward)
-        self._handles = [module.register_forward_hook(lambda *call: _watch_output(this, call[-1]))]
-        self.optimizer = None
+        sharded.reducer.before_first = _weakly(self, Engine._on_backward)
+        handles = [module.register_forward_hook(_weakly(self, Engine._watch_output))]
         if optimizer is not None:
-            self._handles.append(optimizer.register_step_pre_hook(lambda *_: _refuse_outside(this)))
+            handles.append(optimizer.register_step_pre_hook(_weakly(self, Engine._refuse_outside)))
             self.optimizer = ZeroOptimizer(optimizer, step=self.step, zero_grad=self.zero_grad)
-        register(sharded, self._partitioned, lambda: _terms(this))
-        self._finalizer = weakref.finalize(self, _let_go, sharded, self._partitioned, self._handles)
+        comm, micro = sharded.comm, self._micro
+        # How many gradients a sum holds, times the loss scale. Not a method: that would keep a dropped engine alive.
+        self._terms: Callable[[], float] = lambda: comm.size * micro.per_step * scaler.scale
+        register(sharded, self._partitioned, self._terms)
+        self._finalizer = weakref.finalize(self, _let_go, sharded, self._partitioned, handles)
         self._finalizer.atexit = False
         apply_remembered(module)
 
@@ -85,7 +76,7 @@ class Engine(Status):
         if torch.is_grad_enabled():
             self._micro.forward_begun()
             self._sharded.check_frozen()
-        if self._settings.fp16.auto_cast and self._precision.compute is not None:
+        if self._settings.fp16.auto_cast and self._sharded.plan.precision.compute is not None:
             args, kwargs = torch.utils._pytree.tree_map_only(Tensor, self._cast, (args, kwargs))
         with self._autocast():
             return self.module(*args, **kwargs)
@@ -101,7 +92,8 @@ class Engine(Status):
         if self._partitioned is None:
             raise UsageError("backward() needs an optimizer; pass one to initialize or name one in the config")
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise UsageError(f"backward() takes a loss of one element, not {_describe(loss)}")
+            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            raise UsageError(f"backward() takes a loss of one element, not {what}")
         if not loss.requires_grad:
             raise UsageError("the loss does not depend on any trainable parameter (it has requires_grad=False)")
         steps = self._micro.per_step
@@ -158,36 +150,38 @@ class Engine(Status):
         self._applied = not self.report.skipped
         self.global_steps += 1
         self.global_samples += self._settings.train_batch_size or 0
-        if self.report.skipped:
-            self.skipped_steps += 1
-        elif self.lr_scheduler is not None:
+        self.skipped_steps += self.report.skipped
+        if self._applied and self.lr_scheduler is not None:
             self.lr_scheduler.step(**(lr_kwargs or {}))
-        self._print_progress()
+        self._print_progress(self.report)
 
     @torch.no_grad()
     def _update(self, optimizer: PartitionedOptimizer) -> StepReport:
-        sharded, scale = self._sharded, self._scaler.scale
+        sharded, settings, scale = self._sharded, self._settings, self._scaler.scale
         edited = sharded.adopt_edits()
         if edited:
             logger.info("weights were edited in place and are kept: %s", ", ".join(edited))
         sharded.reducer.finish()
-        facts = examine(sharded.gradients, sharded.comm, fingerprint=self._checks_fingerprint())
+        interval = settings.fingerprint_interval
+        is_checked = interval > 0 and self.global_steps % interval == 0
+        facts = examine(sharded.gradients, sharded.comm, fingerprint=is_checked)
         terms = self._terms()
         norm = facts.norm / terms
-        skip = facts.overflow and self._skips_overflow()
+        skip = facts.overflow and (not settings.bf16.enabled or settings.bf16.check_grad_overflow)
         if not skip:
-            clip = self._settings.gradient_clipping
+            clip = settings.gradient_clipping
             coefficient = min(1.0, clip / (norm + CLIP_EPS)) if clip and not facts.overflow else 1.0
             for own in sharded.gradients:
                 own.scale(coefficient / terms)
             optimizer.step(facts.used)
             sharded.publish()
         sharded.reducer.reset()
-        report = StepReport(norm, skip, scale, facts.culprit)
-        self._tell(report)
+        if skip and sharded.comm.rank == 0:
+            message = "step %d skipped: the gradient of %s is not finite (loss scale %g)"
+            logger.warning(message, self.global_steps, facts.culprit, scale)
         self._scaler.update(overflow=facts.overflow, cause=facts.culprit)
         self.optimizer.stepped(skipped=skip, loss_scale=self._scaler.scale)
-        return report
+        return StepReport(norm, skip, scale, facts.culprit)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop what has been accumulated since the last step. step() does so by itself."""
@@ -214,9 +208,8 @@ class Engine(Status):
 
     def destroy(self) -> None:
         """Give back all memory but the weights at rest. The model keeps its weights; at stage 3 they stay sharded."""
-        if self._destroyed:
+        if not self._finalizer.alive:
             return
-        self._destroyed = True
         self._sharded.detach()
         self._finalizer()
         self._partitioned = self.optimizer = self.basic_optimizer = self.lr_scheduler = None
@@ -226,18 +219,16 @@ class Engine(Status):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            module = self._modules.get("module") if "_modules" in self.__dict__ else None
-            if module is None or name.startswith("_"):
+            if name == "module" or name.startswith("_"):
                 raise
-            return getattr(module, name)
+            return getattr(self.module, name)
 
     # Inside
 
     def _enter_backward(self) -> None:
         self._in_backward = True
         self._micro.backward_begun()
-        partitioning = self._sharded.plan.partitioning
-        resting = partitioning.rests_partial and not self._micro.is_boundary()
+        resting = self._sharded.plan.partitioning.rests_partial and not self._micro.is_boundary()
         self._sharded.gatherer.begin_backward()
         self._sharded.reducer.begin(reducing=self._syncing and not resting)
 
@@ -249,7 +240,13 @@ class Engine(Status):
         self._in_backward = self._managed = False
         self._micro.backward_done()
 
-    def _on_backward(self) -> None:
+    def _watch_output(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Learn of a backward at its very start, so that nested backwards count as one."""
+        for leaf in torch.utils._pytree.tree_leaves(output) if torch.is_grad_enabled() else ():
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                leaf.register_hook(_weakly(self, Engine._on_backward))
+
+    def _on_backward(self, *_: Any) -> None:
         """Autograd has begun a backward: ours, or one that the client called on a tensor."""
         if self._in_backward or self._partitioned is None:
             return
@@ -258,29 +255,24 @@ class Engine(Status):
                 "this precision needs loss scaling: call engine.backward(loss), or engine.scale(loss).backward()"
             )
         self._enter_backward()
-        this = weakref.ref(self)
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: _call(this, Engine._leave_backward))
+        torch.autograd.Variable._execution_engine.queue_callback(_weakly(self, Engine._leave_backward))
 
-    def _terms(self) -> float:
-        """How many gradients a sum holds, times the loss scale."""
-        return self._sharded.comm.size * self._micro.per_step * self._scaler.scale
-
-    def _skips_overflow(self) -> bool:
-        return not self._settings.bf16.enabled or self._settings.bf16.check_grad_overflow
-
-    def _checks_fingerprint(self) -> bool:
-        interval = self._settings.fingerprint_interval
-        return interval > 0 and self.global_steps % interval == 0
+    def _refuse_outside(self, *_: Any) -> None:
+        if self._partitioned is not None and not self._partitioned.is_stepping:
+            raise UsageError(
+                "this optimizer's step() would see no gradients: call engine.step(), or step() of the optimizer that "
+                "initialize returned"
+            )
 
     def _autocast(self) -> Any:  # a context manager
-        dtype = self._precision.autocast
+        dtype = self._sharded.plan.precision.autocast
         return torch.autocast(self.device.type, dtype=dtype) if dtype is not None else nullcontext()
 
     def _cast(self, value: Tensor) -> Tensor:
-        return value.to(self._precision.compute) if value.is_floating_point() else value
+        return value.to(self._sharded.plan.precision.compute) if value.is_floating_point() else value
 
     def _check_alive(self) -> None:
-        if self._destroyed:
+        if not self._finalizer.alive:
             raise UsageError("this engine was destroyed; make a new one with zerolith.initialize")
 
     def _check_ready(self) -> None:
@@ -290,25 +282,12 @@ class Engine(Status):
                 "the last backward did not finish, so gradients are incomplete; after an exception call engine.reset()"
             )
 
-    def _tell(self, report: StepReport) -> None:
-        if report.skipped and self.global_rank == 0:
-            logger.warning(
-                "step %d skipped: the gradient of %s is not finite (loss scale %g)",
-                self.global_steps,
-                report.culprit,
-                report.loss_scale,
-            )
-
-    def _print_progress(self) -> None:
+    def _print_progress(self, report: StepReport) -> None:
         every = self._settings.steps_per_print
         if every and self.global_rank == 0 and self.global_steps % every == 0:
-            logger.info(
-                "step %d: lr %s, grad norm %.4g, skipped %d",
-                self.global_steps,
-                ", ".join(f"{lr:.3g}" for lr in self.get_lr()),
-                self.get_global_grad_norm(),
-                self.skipped_steps,
-            )
+            message = "step %d: lr %s, grad norm %.4g, skipped %d"
+            rates = ", ".join(f"{lr:.3g}" for lr in self.get_lr())
+            logger.info(message, self.global_steps, rates, report.grad_norm, self.skipped_steps)
 
 
 def _let_go(sharded: ShardedModel, partitioned: PartitionedOptimizer | None, handles: list[Any]) -> None:
@@ -318,10 +297,9 @@ def _let_go(sharded: ShardedModel, partitioned: PartitionedOptimizer | None, han
     forget(sharded)
     if partitioned is not None:
         partitioned.let_go()
-    if any(section.is_sharded for section in sharded.sections):
-        sharded.reducer.remove_hooks()  # forward hooks stay: they make the model whole where it is used
-    else:
-        sharded.detach()
+    sharded.reducer.remove_hooks()
+    if not any(section.is_sharded for section in sharded.sections):
+        sharded.detach()  # else forward hooks stay: they make the model whole where it is used
     sharded.drop_memory()
     sharded.gradients.clear()
     sharded.reducer.gradients.clear()
@@ -330,34 +308,13 @@ def _let_go(sharded: ShardedModel, partitioned: PartitionedOptimizer | None, han
         section.masters.clear()
 
 
-def _call(this: weakref.ref[Engine], method: Any) -> None:  # an Engine method without arguments
-    engine = this()
-    if engine is not None:
-        method(engine)
+def _weakly(engine: Engine, method: Callable[..., None]) -> Callable[..., None]:
+    """A method of `engine` as a hook, which must not keep a dropped engine alive and then does nothing."""
+    reference = weakref.ref(engine)
 
+    def call(*args: Any) -> None:
+        this = reference()
+        if this is not None:
+            method(this, *args)
 
-def _terms(this: weakref.ref[Engine]) -> float:
-    engine = this()
-    return engine._terms() if engine is not None else 1.0
-
-
-def _refuse_outside(this: weakref.ref[Engine]) -> None:
-    engine = this()
-    if engine is not None and engine._partitioned is not None and not engine._partitioned.is_stepping:
-        raise UsageError(
-            "this optimizer's step() would see no gradients: call engine.step(), or step() of the optimizer that "
-            "initialize returned"
-        )
-
-
-def _watch_output(this: weakref.ref[Engine], output: Any) -> None:
-    """Learn of a backward at its very start, so that nested backwards count as one."""
-    if not torch.is_grad_enabled():
-        return
-    for leaf in torch.utils._pytree.tree_leaves(output):
-        if isinstance(leaf, Tensor) and leaf.requires_grad:
-            leaf.register_hook(lambda grad: _call(this, Engine._on_backward))
-
-
-def _describe(value: object) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    return call

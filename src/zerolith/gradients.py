@@ -40,8 +40,7 @@ class Term:
         self.rests = False  # whether it was begun by a backward that does not reduce
         self.buffer = FlatBuffer(section.layout, PARTIAL, data, rank=comm.rank)
         self.filled = [False] * len(section.members)
-        for gap in section.layout.gaps():
-            self.buffer.at(gap).zero_()
+        self.buffer.zero_gaps()
 
     @classmethod
     def take(cls, section: Section, comm: Comm, dtype: torch.dtype) -> Term:

@@ -1,7 +1,7 @@
 """Following modules through forward and backward, by hooks on the modules themselves.
 
 A unit is gathered before its module runs, released after it, gathered again before its backward and released after
-that. The next unit's gather starts while this one computes.
+that; forward's last one stays, for backward begins with it. The next unit's gather starts while this one computes.
 
 [Note: release by phase] A forward that runs inside a backward (activation checkpointing recomputes) does not
 release: only backward may, because the recomputed tensors are about to be used. So both nestings of
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from zerolith.parameter import ShardedParameter, refuse
 from zerolith.schedule import Order
-from zerolith.unit import Phase, Unit
+from zerolith.unit import Unit
 
 logger = logging.getLogger("zerolith")
 NO_TENSORS_IN = (str, bytes, int, float, type, FunctionType, MethodType, nn.Module)
@@ -190,7 +190,8 @@ class Gatherer:
             unit.uses -= 1
             if self._calls and any(unit.lends(tensor) for tensor in tensors):
                 self._lend(unit)
-            kept = unit.stays and torch.is_grad_enabled()
+            # The unit that forward used last is the one that backward will use first.
+            kept = torch.is_grad_enabled() and (unit.stays or self._forward_order.ends_with(self._numbers[unit]))
             if unit.uses == 0 and not in_backward() and not kept:
                 unit.release()
         if torch.is_grad_enabled():
@@ -261,7 +262,7 @@ class Gatherer:
 
     @torch.no_grad()
     def _gather(self, unit: Unit) -> None:
-        if unit.phase is Phase.GATHERED:
+        if not unit.is_sharded:
             return
         order = self._backward_order if in_backward() else self._forward_order
         following = order.visit(self._numbers[unit])

@@ -167,25 +167,22 @@ def _only_one(args: Any, config: Any, config_params: Any) -> Any:
 
 def _optimizer(model: nn.Module, optimizer: Any, model_parameters: Any, config: Config, comm: Comm) -> Optimizer | None:
     groups = list(model_parameters) if model_parameters is not None else list(model.parameters())
-    if optimizer is not None and config.optimizer is not None and comm.rank == 0:
-        logger.warning("an optimizer was passed and config names %r: the passed one is used", config.optimizer.type)
-    if isinstance(optimizer, Optimizer):
-        return optimizer
-    if callable(optimizer):
-        made = optimizer(groups)
-        if not isinstance(made, Optimizer):
-            raise OptimizerError(f"initialize: optimizer(...) returned a {type(made).__name__}, not a torch Optimizer")
-        return made
+    named = config.optimizer
+    if optimizer is not None and named is not None and comm.rank == 0:
+        logger.warning("an optimizer was passed and config names %r: the passed one is used", named.type)
     if optimizer is not None:
-        raise OptimizerError(f"initialize: optimizer is a {type(optimizer).__name__}, not a torch Optimizer")
-    if config.optimizer is None:
+        is_factory = callable(optimizer) and not isinstance(optimizer, Optimizer)
+        made = optimizer(groups) if is_factory else optimizer
+        if not isinstance(made, Optimizer):
+            what = "optimizer(...) returned" if is_factory else "optimizer is"
+            raise OptimizerError(f"initialize: {what} a {type(made).__name__}, not a torch Optimizer")
+        return made
+    if named is None:
         return None
     trainable = [group for group in groups if isinstance(group, dict) or _tensor_of(group).requires_grad]
     if not trainable:
-        raise ConfigError(
-            f"optimizer.type: no parameter of the model is trainable, so {config.optimizer.type!r} has none"
-        )
-    return build_optimizer(config.optimizer.type, config.optimizer.params, trainable)
+        raise ConfigError(f"optimizer.type: no parameter of the model is trainable, so {named.type!r} has none")
+    return build_optimizer(named.type, named.params, trainable)
 
 
 def _tensor_of(named: Any) -> Any:  # a tensor, or a name and a tensor
@@ -193,8 +190,7 @@ def _tensor_of(named: Any) -> Any:  # a tensor, or a name and a tensor
 
 
 def _assign_groups(members: Sequence[Member], optimizer: Optimizer, comm: Comm) -> None:
-    by_id = {id(member.param): member for member in members}
-    by_id |= {id(member.stand_in): member for member in members if member.stand_in is not None}
+    by_id = {id(held): member for member in members for held in (member.param, member.stand_in) if held is not None}
     for number, group in enumerate(optimizer.param_groups):
         for param in group["params"]:
             member = by_id.get(id(param))
@@ -216,18 +212,19 @@ def _facts(inputs: _Inputs, comm: Comm) -> dict[str, str]:
     facts = {"torch": torch.__version__, "python": platform.python_version(), "ranks": str(comm.size)}
     facts |= {f"config.{key}": _plain(value) for key, value in inputs.config.raw.items()}
     for number, member in enumerate(inputs.members):
-        param = member.param
-        facts[member.name] = (
-            f"number {number}, {param.dtype} {tuple(param.shape)}, group {member.group}, trained {param.requires_grad}"
-        )
-    for name, buffer in inputs.model.named_buffers():
-        facts[f"buffer {name}"] = f"{buffer.dtype} {tuple(buffer.shape)}"
+        kind, trained = _kind(member.param), member.param.requires_grad
+        facts[member.name] = f"number {number}, {kind}, group {member.group}, trained {trained}"
+    facts |= {f"buffer {name}": _kind(buffer) for name, buffer in inputs.model.named_buffers()}
     if inputs.optimizer is not None:
         facts["optimizer"] = type(inputs.optimizer).__qualname__
         for number, group in enumerate(inputs.optimizer.param_groups):
             options = {name: value for name, value in group.items() if name not in ("params", "param_names")}
             facts |= {f"optimizer.param_groups[{number}].{name}": _plain(value) for name, value in options.items()}
     return facts
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)}"
 
 
 def _plain(value: Any) -> str:  # any JSON, or whatever an optimizer calls an option
@@ -263,7 +260,7 @@ def _assemble(inputs: _Inputs) -> Engine:
         overlap=zero.overlap_comm is not False,
         prefetch=zero.stage3_prefetch_bucket_size > 0,
     )
-    return Engine(model, config, sharded, precision, _scaler(config, precision), inputs.optimizer)
+    return Engine(model, config, sharded, _scaler(config, precision), inputs.optimizer)
 
 
 def _precision(config: Config) -> Precision:

@@ -11,7 +11,7 @@ bucket size and stage. The gaps are zero and stay zero.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -65,7 +65,7 @@ class Slot:
     @property
     def padded(self) -> Range:
         """The tensor's elements and the zeros up to the next block."""
-        return Range(self.start, self.start + _round_up(self.numel, BLOCK))
+        return Range(self.start, self.start + BLOCK * -(-self.numel // BLOCK))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,20 +95,22 @@ class Layout:
 
     def gaps(self) -> list[Range]:
         """The ranges that hold no tensor's elements."""
-        stops = [slot.span.stop for slot in self.slots]
-        starts = [slot.start for slot in self.slots[1:]] + [self.numel]
-        head = [Range(0, self.slots[0].start if self.slots else self.numel)]
-        return [gap for gap in head + list(map(Range, stops, starts)) if gap.numel]
+        stops = [0, *(slot.span.stop for slot in self.slots)]
+        starts = [*(slot.start for slot in self.slots), self.numel]
+        return [gap for gap in map(Range, stops, starts) if gap.numel]
 
     def group_ranges(self) -> list[tuple[int, Range]]:
         """(param group, range) for each run of neighbouring slots of one group, gaps included."""
-        runs: list[tuple[int, Range]] = []
-        for slot in self.slots:
-            if runs and runs[-1][0] == slot.group:
-                runs[-1] = (slot.group, Range(runs[-1][1].start, slot.padded.stop))
-            else:
-                runs.append((slot.group, slot.padded))
-        return [run for run in runs if run[1].numel]
+        return [run for run in merge_runs((slot.group, slot.padded) for slot in self.slots) if run[1].numel]
+
+
+def merge_runs(parts: Iterable[tuple[int, Range]]) -> list[tuple[int, Range]]:
+    """Neighbouring ranges of one key as one range."""
+    runs: list[tuple[int, Range]] = []
+    for key, part in parts:
+        start = runs.pop()[1].start if runs and runs[-1][0] == key else part.start
+        runs.append((key, Range(start, part.stop)))
+    return runs
 
 
 def plan_layout(shapes: Sequence[Sequence[int]], *, num_shards: int, groups: Sequence[int] = ()) -> Layout:
@@ -122,7 +124,7 @@ def plan_layout(shapes: Sequence[Sequence[int]], *, num_shards: int, groups: Seq
         slots.append(slot)
         cursor = slot.padded.stop
     # At least a block each: no buffer is empty, not even one of tensors without elements.
-    shard_numel = _round_up(max(-(-cursor // num_shards), 1), BLOCK)
+    shard_numel = max(-(-cursor // (num_shards * BLOCK)), 1) * BLOCK
     return Layout(slots=tuple(slots), shard_numel=shard_numel, num_shards=num_shards)
 
 
@@ -131,15 +133,11 @@ def assign_owners(shapes: Sequence[Sequence[int]], loads: list[float]) -> list[i
 
     The weight of a matrix is what an orthogonalisation or a preconditioner costs: rows x columns x the smaller.
     """
-
-    def cost(index: int) -> float:
-        shape = shapes[index]
-        return math.prod(shape) * (min(shape) if len(shape) > 1 else 1)
-
+    costs = [math.prod(shape) * (min(shape) if len(shape) > 1 else 1) for shape in shapes]
     owners = [0] * len(shapes)
-    for index in sorted(range(len(shapes)), key=cost, reverse=True):
+    for index in sorted(range(len(shapes)), key=costs.__getitem__, reverse=True):
         owners[index] = min(range(len(loads)), key=loads.__getitem__)
-        loads[owners[index]] += cost(index)
+        loads[owners[index]] += costs[index]
     return owners
 
 
@@ -149,21 +147,14 @@ def boxes(shape: tuple[int, ...], flat: Range) -> list[Box]:
         return []
     if not shape:
         return [Box((), (), 0)]
-    if len(shape) == 1:
-        return [Box((flat.start,), (flat.numel,), flat.start)]
-    row = math.prod(shape[1:])
+    tail = shape[1:]
+    row = math.prod(tail)
     first, last = -(-flat.start // row), flat.stop // row  # whole rows [first, last)
     if first > last:
-        return _in_row(shape, flat.start // row, flat)
-    tiles: list[Box] = []
-    if flat.start < first * row:
-        tiles += _in_row(shape, first - 1, Range(flat.start, first * row))
-    if first < last:
-        tail = shape[1:]
-        tiles.append(Box((first, *(0 for _ in tail)), (last - first, *tail), first * row))
-    if last * row < flat.stop:
-        tiles += _in_row(shape, last, Range(last * row, flat.stop))
-    return tiles
+        return _in_row(shape, last, flat)
+    rows = [Box((first, *(0 for _ in tail)), (last - first, *tail), first * row)] if first < last else []
+    before, after = Range(flat.start, first * row), Range(last * row, flat.stop)
+    return [*_in_row(shape, first - 1, before), *rows, *_in_row(shape, last, after)]
 
 
 def _in_row(shape: tuple[int, ...], index: int, flat: Range) -> list[Box]:
@@ -171,7 +162,3 @@ def _in_row(shape: tuple[int, ...], index: int, flat: Range) -> list[Box]:
     return [
         Box((index, *box.offsets), (1, *box.sizes), head + box.start) for box in boxes(shape[1:], flat.shift(-head))
     ]
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

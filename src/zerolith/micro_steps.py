@@ -23,8 +23,7 @@ class MicroSteps:
     def forward_begun(self) -> None:
         self.after_backward = False
 
-    def backward_begun(self) -> None:
-        self.after_backward = False
+    backward_begun = forward_begun
 
     def backward_done(self) -> None:
         self.total += 1

@@ -23,11 +23,20 @@ class Order:
 
     def visit(self, unit: int) -> int | None:
         """Note that `unit` is used now; returns the unit to expect next, if any is known."""
+        if self._seen and self._seen[-1] == unit:
+            return self._expected()
         self._seen.append(unit)
         try:
             self._cursor = self._known.index(unit, self._cursor) + 1
         except ValueError:
             return None
+        return self._expected()
+
+    def ends_with(self, unit: int) -> bool:
+        """Whether `unit` was used last and nothing is expected after it."""
+        return self._seen[-1:] == [unit] == self._known[-1:] and self._cursor == len(self._known)
+
+    def _expected(self) -> int | None:
         return self._known[self._cursor] if self._cursor < len(self._known) else None
 
     def __str__(self) -> str:

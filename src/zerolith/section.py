@@ -114,6 +114,8 @@ class Section:
                 member.stand_in.owned = self.layout.owned(index, packed.rank)
         self._versions = self._current_versions()
         self.drop_edits()
+        if self.is_sharded:
+            self.release()
 
     @property
     def is_sharded(self) -> bool:
@@ -215,7 +217,8 @@ class Section:
     def _pack(self) -> FlatBuffer:
         """All members side by side with rank 0's values, REPLICATE, in their own dtype."""
         comm, first = self.plan.comm, self.members[0].param
-        packed = FlatBuffer.zeros(self.layout, REPLICATE, rank=comm.rank, dtype=first.dtype, device=comm.device)
+        packed = FlatBuffer.empty(self.layout, REPLICATE, rank=comm.rank, dtype=first.dtype, device=comm.device)
+        packed.zero_gaps()
         with torch.no_grad():
             for index, member in enumerate(self.members):
                 packed.slot(index).copy_(member.whole() if member.whole else member.param)
@@ -243,7 +246,7 @@ class Section:
             return None
         comm, optim = self.plan.comm, self.plan.partitioning.optim
         dtype = self.plan.precision.accumulate_dtype(self.members[0].param.dtype)
-        grads = FlatBuffer.zeros(self.layout, optim, rank=comm.rank, dtype=dtype, device=comm.device)
+        grads = FlatBuffer.empty(self.layout, optim, rank=comm.rank, dtype=dtype, device=comm.device)
         grads.release()  # until the first gradient comes
         return grads
 

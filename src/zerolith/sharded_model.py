@@ -73,7 +73,6 @@ class ShardedModel:
         self.gatherer = Gatherer(model, self.units, modules, prefetch=prefetch, when_done=self._reduces_done())
         self._handles = [*self._rest_for_state_dicts(), *self._drop_untrained_grads()]
         self._broadcast_buffers()
-        self.release_all()
 
     @property
     def sections(self) -> list[Section]:

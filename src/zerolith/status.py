@@ -24,15 +24,17 @@ class StepReport(NamedTuple):
 
 
 class Status(nn.Module):
-    """The questions that clients ask an engine. Engine owns and writes every attribute."""
+    """The questions that clients ask an engine, and what answers them. Only Engine writes to its attributes."""
 
-    optimizer: Any  # a ZeroOptimizer, or None
-    report: StepReport | None  # of the last boundary step
-    _settings: Config
-    _sharded: ShardedModel
-    _scaler: LossScaler
-    _micro: MicroSteps
-    _applied: bool  # the last step() changed the weights
+    def __init__(self, config: Config, sharded: ShardedModel, scaler: LossScaler) -> None:
+        super().__init__()
+        self.optimizer: Any = None  # a ZeroOptimizer, or None
+        self.report: StepReport | None = None  # of the last boundary step
+        self._settings = config
+        self._sharded = sharded
+        self._scaler = scaler
+        self._micro = MicroSteps(config.gradient_accumulation_steps or 1)
+        self._applied = False  # the last step() changed the weights
 
     def was_step_applied(self) -> bool:
         """Whether the last step() changed the weights: it was at a boundary and not skipped."""
@@ -107,6 +109,4 @@ class Status(nn.Module):
     def world_size(self) -> int:
         return self._sharded.comm.size
 
-    @property
-    def dp_world_size(self) -> int:
-        return self._sharded.comm.size
+    dp_world_size = world_size  # data parallelism is the only axis

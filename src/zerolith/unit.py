@@ -35,9 +35,9 @@ class Unit:
         self.sections = list(sections)
         self.stays = stays
         self.uses = 0
-        self.phase = Phase.GATHERED
-        self._pending: list[Pending] = []
         self.is_sharded = any(section.is_sharded for section in sections)
+        self.phase = Phase.REST if self.is_sharded else Phase.GATHERED
+        self._pending: list[Pending] = []
 
     @property
     def numel(self) -> int:

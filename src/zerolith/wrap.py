@@ -61,18 +61,15 @@ def plan_units(model: nn.Module, members: Sequence[Member], policy: WrapPolicy) 
     transformer's blocks); and large modules without children. The root comes first and takes the rest, such as
     tied weights whose users lie in different units.
     """
-    plans = [UnitPlan(name="root", module=model)]
-    owner: dict[int, UnitPlan] = {}
-    for name, module in _unit_modules(model, "", policy, seen={id(model)}):
-        plan = UnitPlan(name=name, module=module)
-        plans.append(plan)
-        for inner in module.modules():
-            owner.setdefault(id(inner), plan)
+    root = UnitPlan(name="root", module=model)
+    units = list(_units_in(model, "", policy, seen={id(model)}))
+    # Reversed: a module inside several units belongs to the first of them.
+    owner = {id(inner): unit for unit in reversed(units) for inner in unit.module.modules()}
     for member in members:
-        candidates = {owner.get(id(module), plans[0]) for module, _ in member.homes}
-        plan = candidates.pop() if len(candidates) == 1 else plans[0]
+        owners = {owner.get(id(module), root) for module, _ in member.homes}
+        plan = owners.pop() if len(owners) == 1 else root
         plan.members.append(member)
-    return [plan for plan in plans if plan.members or plan.module is model]
+    return [root, *(unit for unit in units if unit.members)]
 
 
 def split_members(members: Sequence[Member], *, bucket_numel: int) -> Iterator[list[Member]]:
@@ -97,10 +94,8 @@ def split_members(members: Sequence[Member], *, bucket_numel: int) -> Iterator[l
             yield bucket
 
 
-def _unit_modules(
-    parent: nn.Module, path: str, policy: WrapPolicy, *, seen: set[int]
-) -> Iterator[tuple[str, nn.Module]]:
-    """The units inside `parent` and their paths; `seen` are the ids of modules that have been met."""
+def _units_in(parent: nn.Module, path: str, policy: WrapPolicy, *, seen: set[int]) -> Iterator[UnitPlan]:
+    """The units inside `parent`, without members; `seen` are the ids of modules that have been met."""
     is_container = isinstance(parent, (nn.ModuleList, nn.Sequential, nn.ModuleDict))
     repeated = Counter(type(child) for child in parent.children()) if is_container else {}
     for name, child in parent.named_children():
@@ -109,18 +104,17 @@ def _unit_modules(
         seen.add(id(child))
         child_path = f"{path}.{name}" if path else name
         if _is_unit(child, child_path, repeated, policy):
-            yield child_path, child
+            yield UnitPlan(name=child_path, module=child)
         else:
-            yield from _unit_modules(child, child_path, policy, seen=seen)
+            yield from _units_in(child, child_path, policy, seen=seen)
 
 
 def _is_unit(module: nn.Module, path: str, repeated: Mapping[type, int], policy: WrapPolicy) -> bool:
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         return False  # never called themselves, so hooks on them would never run
     kind = type(module)
-    if kind.__name__ in policy.unit_classes or f"{kind.__module__}.{kind.__qualname__}" in policy.unit_classes:
-        return True
-    if id(module) in policy.unit_modules or path in policy.unit_names or path.endswith(policy.unit_suffixes or ("\n",)):
+    is_named = path in policy.unit_names or path.endswith(policy.unit_suffixes) or id(module) in policy.unit_modules
+    if is_named or policy.unit_classes & {kind.__name__, f"{kind.__module__}.{kind.__qualname__}"}:
         return True
     is_block = repeated.get(kind, 0) > 1
     is_leaf = next(module.children(), None) is None

@@ -82,9 +82,10 @@ def facts_of(tensors: list[Tensor], *, world: int, bucket: int, whole: bool = Fa
         for start in range(0, len(tensors), bucket):
             members = tensors[start : start + bucket]
             layout = plan_layout([tensor.shape for tensor in members], num_shards=world)
-            buffer = FlatBuffer.zeros(
+            buffer = FlatBuffer.empty(
                 layout, REPLICATE, rank=comm.rank, dtype=members[0].dtype, device=members[0].device
             )
+            buffer.zero_gaps()
             for index, tensor in enumerate(members):
                 buffer.slot(index).copy_(tensor)
             total = buffer if whole else FlatBuffer(layout, SHARD, buffer.own().data, rank=comm.rank)

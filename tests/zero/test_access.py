@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import zerolith
 from harness import run_ranks
-from models import make_gpt, token_batches, zero_config
+from models import make_gpt, start_engine, token_batches, zero_config
 from zerolith.engine import Engine
 from zerolith.errors import UsageError
 from zerolith.zero import (
@@ -25,6 +25,7 @@ from zerolith.zero import (
     safe_set_full_grad,
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
+    safe_set_local_grad,
     safe_set_local_optimizer_state,
 )
 
@@ -102,6 +103,40 @@ def set_everything(stage: int, precision: dict[str, Any]) -> None:
 @PRECISIONS
 def test_what_is_set_is_what_the_next_step_uses(stage: int, precision: dict[str, Any]) -> None:
     run_ranks(2, set_everything, stage, precision)
+
+
+class HalfUsed(nn.Module):
+    """Its second layer gets no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x).square().mean()
+
+
+def set_grads_at_any_time(stage: int) -> None:
+    torch.manual_seed(0)
+    config = zero_config(stage, gradient_accumulation_steps=2, optimizer={"type": "SGD", "params": {"lr": 1.0}})
+    engine = start_engine(HalfUsed(), config)
+    param = engine.module.idle.weight
+    local = safe_get_local_fp32_param(param)
+    with pytest.raises(UsageError, match=r"idle.weight.*backward"):
+        safe_set_full_grad(param, torch.ones(8, 8))
+    with pytest.raises(UsageError, match=r"idle.weight.*backward"):
+        safe_set_local_grad(param, torch.ones_like(local))
+    for _ in range(2):
+        engine.backward(engine(torch.ones(1, 8)))
+    before = safe_get_full_fp32_param(param)
+    safe_set_full_grad(param, torch.ones(8, 8))
+    engine.step()
+    assert torch.equal(safe_get_full_fp32_param(param), before - 1.0), "also what backward gave no gradient"
+
+
+@STAGES
+def test_a_gradient_that_would_be_lost_is_refused(stage: int) -> None:
+    run_ranks(2, set_grads_at_any_time, stage)
 
 
 def local_parts(stage: int) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ import zerolith
 import zerolith.zero.init as init_module
 from harness import run_ranks
 from models import GPT, make_gpt, token_batches, train_plain, zero_config
-from zerolith.comm import default_comm
+from zerolith.comm import Comm, default_comm
 from zerolith.errors import ShardedAccessError
 from zerolith.parameter import ShardedParameter
 
@@ -227,3 +227,24 @@ def kept_after_initialize(stage: int) -> tuple[int, int]:
 def test_the_shards_of_construction_go_when_the_engine_has_its_own(stage: int) -> None:
     for growth, held in run_ranks(2, kept_after_initialize, stage):
         assert growth <= 1.05 * held + 64 * 1024
+
+
+def peak_of_initialize(sharded: bool) -> tuple[int, int]:
+    """Bytes that initialize adds at its peak to what is kept, and those of one layer."""
+    model = build(Deep, 0, sharded=sharded)
+    before, seen = live_bytes(), []
+    broadcast = Comm.broadcast
+
+    def measured(comm: Comm, tensor: Tensor, *, source: int = 0, name: str) -> None:
+        seen.append(live_bytes() - before)
+        broadcast(comm, tensor, source=source, name=name)
+
+    Comm.broadcast = measured  # type: ignore[method-assign]
+    zerolith.initialize(model=model, config=zero_config(3))
+    return max(seen), 256 * 257 * 4
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_initialize_never_holds_the_model_whole_beside_what_it_was_given(sharded: bool) -> None:
+    for peak, layer in run_ranks(4, peak_of_initialize, sharded):
+        assert peak <= 16 * layer / 4 + 3 * layer

@@ -3,15 +3,12 @@
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from zerolith.config import KEYS, SECTIONS, TYPED_SECTIONS, Fate, Key, load_config, resolve_batch
 
-if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
-
-def add_commands(commands: "Commands") -> None:
+def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `config` and its subcommands."""
     config = commands.add_parser("config", help="check and explain configs")
     subcommands = config.add_subparsers(metavar="SUBCOMMAND", required=True)
@@ -30,19 +27,15 @@ def _print_schema(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    config = load_config(Path(arguments.file))
-    given = config
-    if arguments.world_size is not None:
-        config = resolve_batch(config, arguments.world_size)
-    set_by_file, before, after = given.model_dump(exclude_unset=True), given.model_dump(), config.model_dump()
+    given = load_config(Path(arguments.file))
+    resolved = given if arguments.world_size is None else resolve_batch(given, arguments.world_size)
+    dumps = given.model_dump(exclude_unset=True), given.model_dump(), resolved.model_dump()
     for key in KEYS.values():
         if key.fate is Fate.IMPLEMENTED:
-            value = _lookup(after, key.path)
-            origin = "implemented" if _lookup(set_by_file, key.path) is not _MISSING else "default"
-            if value != _lookup(before, key.path):
-                origin = "derived"
-            print(f"{origin:<12} {key.path} = {json.dumps(None if value is _MISSING else value)}")
-    for note in config.notes:
+            set_by_file, before, after = (_lookup(dump, key.path) for dump in dumps)
+            origin = "derived" if after != before else "default" if set_by_file is _MISSING else "implemented"
+            print(f"{origin:<12} {key.path} = {json.dumps(None if after is _MISSING else after)}")
+    for note in given.notes:
         print(f"{'hint':<12} {note.path}: {note.why}")
     return 0
 
@@ -72,7 +65,6 @@ def _section_schema(section: str) -> dict[str, Any]:
 
 
 def _key_schema(key: Key) -> dict[str, Any]:
-    implemented = key.fate is Fate.IMPLEMENTED
-    described = key.why if implemented else f"{key.fate.value.capitalize()}: {key.why}."
+    described = key.why if key.fate is Fate.IMPLEMENTED else f"{key.fate.value.capitalize()}: {key.why}."
     default: dict[str, Any] = {} if key.required else {"default": key.default}
     return {"description": described, **key.schema, **default}

@@ -97,7 +97,7 @@ class Comm:
             return
         self.journal.note(name, f"broadcast from {source}", tensor.numel(), tensor.dtype)
         self.traffic.add("broadcast", tensor.nbytes * (self.size - 1) // self.size)
-        _guard(name, dist.broadcast, tensor, src=self._global(source), group=self.group)
+        _guard(name, dist.broadcast, tensor, group_src=source, group=self.group)
 
     def sum(self, values: Sequence[float], *, name: str) -> list[float]:
         """Element-wise sum over ranks of a few fp64 numbers."""
@@ -109,17 +109,11 @@ class Comm:
 
     def all_gather_bytes(self, payload: bytes, *, name: str) -> list[bytes]:
         """Every rank's payload, by rank."""
-        if self.size == 1:
-            return [payload]
         sizes = self.max([float(len(payload)) if rank == self.rank else 0.0 for rank in range(self.size)], name=name)
-        width = int(max(sizes))
-        whole = torch.zeros(self.size, max(width, 1), dtype=torch.uint8, device=self.device)
-        if payload:
-            row = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-            whole[self.rank, : len(payload)].copy_(row)
+        whole = torch.zeros(self.size, int(max(1.0, *sizes)), dtype=torch.uint8, device=self.device)
+        whole[self.rank, : len(payload)].copy_(torch.tensor(list(payload), dtype=torch.uint8))
         self.all_gather(whole.view(-1), name=name).wait()
-        rows = whole.cpu()
-        return [bytes(rows[rank, : int(size)].tolist()) for rank, size in enumerate(sizes)]
+        return [bytes(row[: int(size)]) for row, size in zip(whole.tolist(), sizes, strict=True)]
 
     def check_journals(self, highest: float, negated_lowest: float, *, name: str) -> None:
         """Raise CollectiveMismatchError on every rank if the ranks' fingerprints differ.
@@ -138,9 +132,9 @@ class Comm:
     def _all_reduce(self, values: Sequence[float], op: Any, name: str) -> list[float]:  # op: ReduceOp is untyped
         if self.size == 1:
             return list(values)
-        tensor = torch.tensor(list(values), dtype=torch.float64, device=self.device)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         _guard(name, dist.all_reduce, tensor, op=op, group=self.group)
-        return [float(value) for value in tensor.tolist()]
+        return tensor.tolist()
 
     def _note(self, name: str, op: str, whole: Tensor) -> None:
         self.journal.note(name, op, whole.numel(), whole.dtype)

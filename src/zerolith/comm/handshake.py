@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from zerolith.comm.communicator import Comm
 from zerolith.errors import HandshakeError
 
+SHOWN = 5  # differences that a message lists
+
 
 def agree(comm: Comm, error: Exception | None, *, doing: str) -> None:
     """Raise on every rank if any rank brings an error.
@@ -36,16 +38,11 @@ def handshake(comm: Comm, facts: Mapping[str, str]) -> None:
     if highest == -negated_lowest:
         return
     rows = [row.decode() for row in comm.all_gather_bytes(text.encode(), name="handshake facts")]
-    raise HandshakeError("ranks were started with different settings: " + _diff(rows))
-
-
-def _diff(rows: list[str], *, limit: int = 5) -> str:
     tables = [dict(line.split("\t", 1) for line in row.split("\n")) for row in rows]
-    names = list(dict.fromkeys(name for table in tables for name in table))
     lines = []
-    for name in names:
+    for name in dict.fromkeys(name for table in tables for name in table):
         values = [table.get(name, "(missing)") for table in tables]
         if len(set(values)) > 1:
             lines.append(f"{name}: " + ", ".join(f"rank {rank} has {value}" for rank, value in enumerate(values)))
-    more = f"; and {len(lines) - limit} more" if len(lines) > limit else ""
-    return "; ".join(lines[:limit]) + more
+    more = f"; and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
+    raise HandshakeError("ranks were started with different settings: " + "; ".join(lines[:SHOWN]) + more)

@@ -54,15 +54,11 @@ class Journal:
 
     def diff(self, others: dict[int, list[str]]) -> str:
         """The first place where the ranks' latest entries part, one line a rank."""
-        numbered = {rank: {_number(entry): entry for entry in entries} for rank, entries in others.items()}
+        # By the number that an entry begins with: ranks may keep different stretches of them.
+        numbered = {rank: {int(entry[1:].split()[0]): entry for entry in entries} for rank, entries in others.items()}
         known_to_all = max(min(entries, default=1) for entries in numbered.values())
         for number in sorted({number for entries in numbered.values() for number in entries}):
             lines = {rank: entries.get(number, "(nothing)") for rank, entries in numbered.items()}
             if number >= known_to_all and len(set(lines.values())) > 1:
                 return "; ".join(f"rank {rank}: {line}" for rank, line in lines.items())
         return "the difference is older than the entries that were kept"
-
-
-def _number(entry: str) -> int:
-    """Entries begin with their number: ranks may keep different stretches of them."""
-    return int(entry.split(" ", 1)[0].removeprefix("#"))

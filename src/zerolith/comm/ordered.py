@@ -16,21 +16,14 @@ def add_into(into: Tensor, terms: Sequence[Tensor], *, fresh: bool) -> None:
     into: (n,) accumulator. terms: (n,) each, of `into`'s dtype or a narrower one; every addition is in
     `into`'s dtype. Does not communicate.
     """
-    if into.device.type == "cpu" and any(term.dtype != into.dtype for term in terms):
-        for start in range(0, into.numel(), CHUNK):
-            # torch adds mixed dtypes on CPU element by element; widening a cached chunk first is 3x faster.
-            chunk = slice(start, start + CHUNK)
-            _add(into[chunk], [term[chunk] for term in terms], fresh=fresh, widen=True)
-    else:
-        _add(into, terms, fresh=fresh, widen=False)
-
-
-def _add(into: Tensor, terms: Sequence[Tensor], *, fresh: bool, widen: bool) -> None:
-    rest = list(terms)
-    if fresh:
-        if len(rest) > 1 and all(term.dtype == into.dtype for term in rest[:2]):
-            torch.add(rest.pop(0), rest.pop(0), out=into)
-        else:
-            into.copy_(rest.pop(0))
-    for term in rest:
-        into.add_(term.to(into.dtype) if widen else term)
+    widen = into.device.type == "cpu" and any(term.dtype != into.dtype for term in terms)
+    # torch adds mixed dtypes on CPU element by element; widening a cached chunk first is 3x faster.
+    width = CHUNK if widen else max(into.numel(), 1)
+    for start in range(0, into.numel(), width):
+        part, *rest = (tensor[start : start + width] for tensor in (into, *terms))
+        if fresh and len(rest) > 1 and rest[0].dtype == rest[1].dtype == into.dtype:
+            torch.add(rest.pop(0), rest.pop(0), out=part)
+        elif fresh:
+            part.copy_(rest.pop(0))
+        for term in rest:
+            part.add_(term.to(part.dtype) if widen else term)

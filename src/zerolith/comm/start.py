@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -16,6 +14,7 @@ from zerolith.errors import ConfigError, PeerLostError
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 TIMEOUT = timedelta(minutes=10)
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"  # gloo chooses its interface from this variable when the group is made
 
 
 def is_distributed() -> bool:
@@ -55,18 +54,21 @@ def init_distributed(
     address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), _env_int("MASTER_PORT", 29500)
     agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     local = address in LOOPBACK or _env_int("LOCAL_WORLD_SIZE", 0) == world_size
+    sets_interface = local and GLOO_INTERFACE not in os.environ
+    if sets_interface:
+        os.environ[GLOO_INTERFACE] = "lo"
     try:
-        with _gloo_on_loopback(enabled=local):
-            if address in LOOPBACK and not agent_store:
-                store = _loopback_store(port, rank=rank, world_size=world_size, timeout=timeout)
-                dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-            else:
-                dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+        is_ours = address in LOOPBACK and not agent_store
+        store = _loopback_store(port, rank=rank, world_size=world_size, timeout=timeout) if is_ours else None
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except RuntimeError as error:  # torch raises DistStoreError and other subclasses
         raise PeerLostError(
             f"rank {rank} of {world_size} could not join the others at {address}:{port} within "
             f"{timeout.total_seconds():g} s: look for ranks that never started or failed before. torch says: {error}"
         ) from error
+    finally:
+        if sets_interface:
+            del os.environ[GLOO_INTERFACE]
 
 
 def default_comm(*, reproducible: bool = False) -> Comm:
@@ -80,43 +82,23 @@ def _loopback_store(port: int, *, rank: int, world_size: int, timeout: timedelta
     """A TCPStore whose server is bound to 127.0.0.1; torch's own binds to every interface."""
     if rank != 0:
         return dist.TCPStore("127.0.0.1", port, world_size, is_master=False, timeout=timeout)
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind(("127.0.0.1", port))
+        listener = socket.create_server(("127.0.0.1", port), backlog=world_size)
     except OSError as error:
-        listener.close()
         raise ConfigError(f"environment: MASTER_PORT={port} is taken ({error}); choose another") from error
-    listener.listen(world_size)
-    descriptor = listener.detach()  # the store owns it from here on
     return dist.TCPStore(
         "127.0.0.1",
         port,
         world_size,
         is_master=True,
         timeout=timeout,
-        master_listen_fd=descriptor,
+        master_listen_fd=listener.detach(),  # the store owns it from here on
         use_libuv=False,
     )
 
 
-@contextmanager
-def _gloo_on_loopback(*, enabled: bool) -> Iterator[None]:
-    """gloo chooses its interface from this variable when the group is made."""
-    if not enabled or "GLOO_SOCKET_IFNAME" in os.environ:
-        yield
-        return
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    try:
-        yield
-    finally:
-        del os.environ["GLOO_SOCKET_IFNAME"]
-
-
 def _env_int(name: str, default: int) -> int:
-    text = os.environ.get(name)
-    if text is None:
-        return default
+    text = os.environ.get(name, default)
     try:
         return int(text)
     except ValueError:

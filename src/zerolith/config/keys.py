@@ -1,9 +1,10 @@
 """Every key that a config may hold, with its fate: the schema's fields and DeepSpeed's table, indexed.
 
 deepspeed.json lists the keys that zerolith does not act on, in groups that share a section, a fate and its reason. A
-key's value there is its default, whose type is its type (5 takes integers, 5.0 any number), or one of
+name may be dotted. A key's value is its default, whose type is its type (5 takes integers, 5.0 any number), or one of
 
-    {"type": T}                  null or a value of JSON type T, or "any"
+    {}                           any value
+    {"type": T}                  null or a value of JSON type T
     {"one_of": [DEFAULT, ...]}   these values only
     {"switch": true}             an object whose inside is not ours: it asks for something unless empty or disabled
 """
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, get_args
 
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from zerolith.config.problems import join
 from zerolith.config.schema import Config
@@ -74,9 +74,8 @@ class Key(NamedTuple):
 
 
 def _same(value: object, accepted: object) -> bool:
-    if isinstance(value, (int, float)) and isinstance(accepted, (int, float)):
-        return isinstance(value, bool) is isinstance(accepted, bool) and value == accepted
-    return type(value) is type(accepted) and value == accepted
+    numbers = _is_kind(value, "number") and _is_kind(accepted, "number")
+    return (numbers or type(value) is type(accepted)) and value == accepted
 
 
 def _is_kind(value: object, kind: str) -> bool:
@@ -89,26 +88,19 @@ def asks(value: object) -> bool:
         return value is not None and value is not False
     if "enabled" in value:
         return value["enabled"] is not False
-    switches = [inner for inner in value.values() if isinstance(inner, Mapping)]
-    return len(value) != len(switches) or any(asks(inner) for inner in switches)
+    return any(not isinstance(inner, Mapping) or asks(inner) for inner in value.values())
 
 
-def _section_of(annotation: object) -> type[BaseModel] | None:
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
-
-
-def _fields(model: type[BaseModel], section: str) -> Iterator[tuple[str, FieldInfo, dict[str, Any]]]:
-    """Every field at or below a model: its path, itself, its JSON Schema (none for a section)."""
-    properties = model.model_json_schema()["properties"]
+def _models(model: type[BaseModel], section: str) -> Iterator[tuple[str, type[BaseModel]]]:
+    """A section of the schema and all below it, each with its path."""
+    yield section, model
     for name, field in model.model_fields.items():
-        path, inner = join(section, name), _section_of(field.annotation)
-        rules = {rule: value for rule, value in properties[name].items() if rule not in _NOT_RULES}
-        yield path, field, {} if inner else rules
-        if inner:
-            yield from _fields(inner, path)
+        for candidate in get_args(field.annotation) or (field.annotation,):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                yield from _models(candidate, join(section, name))
+
+
+_MODELS: Final = dict(_models(Config, ""))
 
 
 def _declared(path: str, fate: Fate, why: str, spec: Any) -> Key:  # any JSON
@@ -119,16 +111,19 @@ def _declared(path: str, fate: Fate, why: str, spec: Any) -> Key:  # any JSON
         return Key(path, fate, why, spec["one_of"][0], {"enum": spec["one_of"]})
     if "switch" in spec:
         return Key(path, fate, why, None, {"type": ["object", "boolean", "null"]}, is_switch=True)
-    return Key(path, fate, why, None, {} if spec["type"] == "any" else {"type": [spec["type"], "null"]})
+    return Key(path, fate, why, None, {"type": [spec["type"], "null"]} if spec else {})
 
 
 def _known_keys() -> dict[str, Key]:
     keys: dict[str, Key] = {}
-    for path, field, schema in _fields(Config, ""):
-        if schema:
-            default = None if field.is_required() else field.get_default(call_default_factory=True)
-            why = field.description or ""
-            keys[path] = Key(path, Fate.IMPLEMENTED, why, default, schema, required=field.is_required())
+    for section, model in _MODELS.items():
+        properties = model.model_json_schema()["properties"]
+        for name, field in model.model_fields.items():
+            path, required = join(section, name), field.is_required()
+            if path not in _MODELS:
+                schema = {rule: value for rule, value in properties[name].items() if rule not in _NOT_RULES}
+                default = None if required else field.get_default()
+                keys[path] = Key(path, Fate.IMPLEMENTED, field.description or "", default, schema, required=required)
     for group in json.loads(Path(__file__).with_name("deepspeed.json").read_text(encoding="utf-8")):
         for name, spec in group["keys"].items():
             path = join(group["section"], name)
@@ -138,21 +133,19 @@ def _known_keys() -> dict[str, Key]:
 
 def _known_sections(paths: Mapping[str, Key]) -> dict[str, tuple[str, ...]]:
     """Each section's path ("" is the top) with the names of its keys and sections."""
-    sections: dict[str, dict[str, None]] = {"": {}}
+    sections: dict[str, dict[str, None]] = {}
     for path in paths:
-        *parents, name = path.split(".")
-        for depth, parent in enumerate(parents):
-            sections[".".join(parents[:depth])][parent] = None
-            sections.setdefault(".".join(parents[: depth + 1]), {})
-        sections[".".join(parents)][name] = None
+        section = ""
+        for name in path.split("."):
+            sections.setdefault(section, {})[name] = None
+            section = join(section, name)
     return {section: tuple(names) for section, names in sections.items()}
 
 
 KEYS: Final[Mapping[str, Key]] = _known_keys()
 SECTIONS: Final[Mapping[str, tuple[str, ...]]] = _known_sections(KEYS)
-TYPED_SECTIONS: Final[Mapping[str, str]] = {  # those that the schema reads, with their meaning
-    path: str(_section_of(field.annotation).__doc__) for path, field, schema in _fields(Config, "") if not schema
-}
+# Those that the schema reads, with their meaning.
+TYPED_SECTIONS: Final[Mapping[str, str]] = {path: str(model.__doc__) for path, model in _MODELS.items() if path}
 NAMED_SECTIONS: Final = frozenset(path.rpartition(".")[0] for path, key in KEYS.items() if key.required)
 
 

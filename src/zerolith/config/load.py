@@ -8,11 +8,10 @@ from pydantic import ValidationError
 
 from zerolith.config.keys import ALIASES, KEYS, NAMED_SECTIONS, SECTIONS, TYPED_SECTIONS, Fate, Key, suggest
 from zerolith.config.problems import Problems, join, show
-from zerolith.config.schema import Config, Note, Provenance
+from zerolith.config.schema import Config, Note
 from zerolith.config.text import flaws, read_source
 
 AUTO = "auto"
-_ZERO = "zero_optimization"
 
 
 def load_config(source: str | os.PathLike[str] | Mapping[str, Any], *, allow_auto: bool = False) -> Config:
@@ -29,7 +28,7 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any], *, allow_aut
     sieve = _Sieve(problems, allow_auto=allow_auto)
     fields = sieve.section(raw, "")
     try:
-        config = Config.model_validate(fields, context=Provenance(raw, tuple(sieve.notes)))
+        config = Config.model_validate(fields, context=(raw, tuple(sieve.notes)))
     except ValidationError as error:
         for detail in error.errors(include_url=False):
             _explain(problems, detail)
@@ -78,29 +77,22 @@ class _Sieve:
         return kept
 
     def _enter(self, path: str, value: object, kept: dict[str, Any]) -> None:
-        if path == _ZERO and isinstance(value, bool):
+        if path == "zero_optimization" and isinstance(value, bool):
             self.notes.append(Note(path, f"the bool form is deprecated; write {{'stage': {int(value)}}}"))
             value = {"stage": int(value)}
-        if value is None:
-            return
-        if not isinstance(value, Mapping):
-            example = SECTIONS[path][0]
-            self._problems.add(path, f"must be an object with keys such as {example!r}, not {show(value)}")
-            return
-        inner = self.section(value, path)
-        unnamed = path in NAMED_SECTIONS and _text(value.get("type")) == AUTO
-        if path in TYPED_SECTIONS and not unnamed:
-            kept[path.rpartition(".")[2]] = inner
+        if isinstance(value, Mapping):
+            inner = self.section(value, path)
+            unnamed = path in NAMED_SECTIONS and _text(value.get("type")) == AUTO
+            if path in TYPED_SECTIONS and not unnamed:
+                kept[path.rpartition(".")[2]] = inner
+        elif value is not None:
+            self._problems.add(path, f"must be an object with keys such as {SECTIONS[path][0]!r}, not {show(value)}")
 
     def _decide(self, key: Key, value: object) -> None:
-        admitted = key.admits(value)
-        if key.fate is not Fate.HINT:
-            if not admitted:
-                self._problems.add(key.path, _refusal(key, value))
-        elif admitted:
+        if not key.admits(value):
+            self._problems.add(key.path, _refusal(key, value))
+        elif key.fate is Fate.HINT:
             self.notes.append(Note(key.path, key.why))
-        else:
-            self._problems.add(key.path, f"must be {_expected(key)}, not {show(value)}")
 
     def _params(self, path: str, value: object) -> object:
         if not isinstance(value, Mapping):
@@ -134,14 +126,10 @@ def _text(value: object) -> str:
 
 
 def _refusal(key: Key, value: object) -> str:
+    values = [show(value) for value in key.schema.get("enum", ()) if value is not None]
+    if key.fate is Fate.HINT:
+        expected = f"one of {', '.join(values)}" if values else f"of type {' or '.join(key.kinds)}"
+        return f"must be {expected}, not {show(value)}"
     state = "is not supported yet" if key.fate is Fate.LATER else "asks for a feature that DeepSpeed removed"
-    good = [value for value in key.schema.get("enum", ()) if value is not None]
-    remedy = f"use {show(good[0])} or leave it out" if good else "leave it out"
+    remedy = f"use {values[0]} or leave it out" if values else "leave it out"
     return f"= {show(value)} {state} ({key.why}); {remedy}"
-
-
-def _expected(key: Key) -> str:
-    """The type or values of a key in words."""
-    if "enum" in key.schema:
-        return "one of " + ", ".join(show(value) for value in key.schema["enum"])
-    return "of type " + " or ".join(key.kinds)

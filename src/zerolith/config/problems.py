@@ -11,15 +11,12 @@ MAX_PATH_CHARS = 160
 
 def show(value: object) -> str:
     """A value as an error names it: short whatever it holds, however deep it is."""
-    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 64:
-        return f"an integer of {value.bit_length()} bits"
     if isinstance(value, str):
         text = repr(value[: MAX_SHOWN_CHARS + 1])
-    elif value is None or isinstance(value, (bool, int, float)):
-        return repr(value)
-    else:
-        return f"a {type(value).__name__}"
-    return text if len(value) <= MAX_SHOWN_CHARS else text[:MAX_SHOWN_CHARS] + "...'"
+        return text if len(value) <= MAX_SHOWN_CHARS else text[:MAX_SHOWN_CHARS] + "...'"
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an integer of {value.bit_length()} bits"
+    return repr(value) if isinstance(value, int | float | None) else f"a {type(value).__name__}"
 
 
 def join(section: str, name: str) -> str:
@@ -45,13 +42,11 @@ class Problems:
         """Record a problem; `what` may be a function, called only if its text will be shown."""
         self._num_problems += 1
         if len(self._texts) < LISTED:
-            text = what if isinstance(what, str) else what()
-            self._texts.append(f"{_printable(path)} {text}")
+            self._texts.append(f"{_printable(path)} {what if isinstance(what, str) else what()}")
 
     def raise_if_any(self) -> None:
         """Raises ConfigError that names every problem, or the first five and a count."""
-        if not self._num_problems:
-            return
-        rest = self._num_problems - len(self._texts)
-        more = f"; and {rest} more problem{'s' if rest > 1 else ''}" if rest else ""
-        raise ConfigError(f"{_printable(self._source)}: {'; '.join(self._texts)}{more}")
+        if self._num_problems:
+            rest = self._num_problems - len(self._texts)
+            more = f"; and {rest} more problem{'s' if rest > 1 else ''}" if rest else ""
+            raise ConfigError(f"{_printable(self._source)}: {'; '.join(self._texts)}{more}")

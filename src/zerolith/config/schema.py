@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+T = TypeVar("T")
 MAX_INT = 2**63 - 1
 MOE_BLOCKS = (
     "transformers.models.mixtral.modeling_mixtral.MixtralSparseMoeBlock",
@@ -21,13 +22,6 @@ class Note(NamedTuple):
     why: str
 
 
-class Provenance(NamedTuple):
-    """Where a Config comes from."""
-
-    raw: Mapping[str, Any]  # as the user gave it: any JSON
-    notes: tuple[Note, ...]
-
-
 def _integral(value: object) -> object:
     """JSON has no integer exponents: 5e8 arrives as a float and means 500000000."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -37,14 +31,15 @@ def _infinite_is_never(value: object) -> object:
     return None if isinstance(value, float) and value == math.inf else value
 
 
-def doc(text: str, **bounds: int) -> Any:  # Any: pydantic's FieldInfo, which only pydantic reads
-    """A field's documentation and bounds."""
-    return Field(description=text, **bounds)  # type: ignore[call-overload]  # `bounds` are ge, gt, le
+def key(default: T, meaning: str, **bounds: int) -> T:
+    """A field with its default, documentation and bounds."""
+    return Field(default, description=meaning, **bounds)  # type: ignore[call-overload]  # `bounds` are ge, gt, le
 
 
 Count = Annotated[int, Field(gt=0, le=MAX_INT)]
-Elements = Annotated[int, Field(ge=0, le=MAX_INT), BeforeValidator(_integral)]
-SomeElements = Annotated[int, Field(gt=0, le=MAX_INT), BeforeValidator(_integral)]
+CountOrZero = Annotated[int, Field(ge=0, le=MAX_INT)]
+Elements = Annotated[CountOrZero, BeforeValidator(_integral)]
+SomeElements = Annotated[Count, BeforeValidator(_integral)]
 Stage = Annotated[int, Field(ge=0, le=3)]  # a Literal would take True for 1
 StepsOrNever = Annotated[Count | None, BeforeValidator(_infinite_is_never)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]  # JSON has lists where we keep tuples
@@ -61,10 +56,9 @@ class Section(BaseModel):
 class Optimizer(Section):
     """The optimizer to build when the caller passes none."""
 
-    type: Annotated[Name, doc("Optimizer to build: one of ours or a class of torch.optim.")]
-    params: Annotated[dict[str, Any], doc("Its keyword arguments, such as lr and weight_decay.")] = Field(
-        default_factory=dict  # Any: the optimizer's constructor checks them
-    )
+    type: Annotated[Name, Field(description="Optimizer to build: one of ours or a class of torch.optim.")]
+    # Any: the optimizer's constructor checks them
+    params: dict[str, Any] = key({}, "Its keyword arguments, such as lr and weight_decay.")
 
     @model_validator(mode="after")
     def _clipping_lives_elsewhere(self) -> "Optimizer":
@@ -76,102 +70,88 @@ class Optimizer(Section):
 class Scheduler(Section):
     """The LR schedule to build when the caller passes none."""
 
-    type: Annotated[Name, doc("LR schedule to build: one of ours or of torch.optim.lr_scheduler.")]
-    params: Annotated[dict[str, Any], doc("Its keyword arguments, such as warmup_num_steps.")] = Field(
-        default_factory=dict  # Any: the schedule's constructor checks them
-    )
+    type: Annotated[Name, Field(description="LR schedule to build: one of ours or of torch.optim.lr_scheduler.")]
+    # Any: the schedule's constructor checks them
+    params: dict[str, Any] = key({}, "Its keyword arguments, such as warmup_num_steps.")
 
 
 class FP16(Section):
     """Half precision with loss scaling."""
 
-    enabled: Annotated[bool, doc("Compute in float16 with fp32 master weights.")] = False
-    auto_cast: Annotated[bool, doc("Cast floating-point inputs of the model to float16.")] = False
-    loss_scale: Annotated[float, doc("Fixed loss scale; 0 adapts it while training.", ge=0)] = 0.0
-    initial_scale_power: Annotated[int, doc("The first adaptive scale is 2 ** this.", ge=0, le=126)] = 16
-    loss_scale_window: Annotated[Count, doc("Steps without overflow before the scale doubles.")] = 1000
-    hysteresis: Annotated[int, doc("Overflows until the scale halves.", ge=0, le=MAX_INT)] = 2
-    consecutive_hysteresis: Annotated[bool, doc("Refill hysteresis after every good step.")] = False
-    min_loss_scale: Annotated[float, doc("The adaptive scale never falls below this.", gt=0)] = 1.0
+    enabled: bool = key(False, "Compute in float16 with fp32 master weights.")
+    auto_cast: bool = key(False, "Cast floating-point inputs of the model to float16.")
+    loss_scale: float = key(0.0, "Fixed loss scale; 0 adapts it while training.", ge=0)
+    initial_scale_power: int = key(16, "The first adaptive scale is 2 ** this.", ge=0, le=126)
+    loss_scale_window: Count = key(1000, "Steps without overflow before the scale doubles.")
+    hysteresis: CountOrZero = key(2, "Overflows until the scale halves.")
+    consecutive_hysteresis: bool = key(False, "Refill hysteresis after every good step.")
+    min_loss_scale: float = key(1.0, "The adaptive scale never falls below this.", gt=0)
 
 
 class BF16(Section):
     """Brain-float precision; `bfloat16` is another name of this section."""
 
-    enabled: Annotated[bool, doc("Compute in bfloat16 with fp32 master weights.")] = False
-    check_grad_overflow: Annotated[bool, doc("Skip a step whose gradients hold Inf or NaN.")] = True
+    enabled: bool = key(False, "Compute in bfloat16 with fp32 master weights.")
+    check_grad_overflow: bool = key(True, "Skip a step whose gradients hold Inf or NaN.")
 
 
 class TorchAutocast(Section):
     """PyTorch's own mixed precision."""
 
-    enabled: Annotated[bool, doc("Keep fp32 parameters; run forward under torch.autocast.")] = False
-    dtype: Annotated[
-        Literal["bfloat16", "float16"] | None, doc("Autocast dtype; null is torch's default for the device.")
-    ] = None
+    enabled: bool = key(False, "Keep fp32 parameters; run forward under torch.autocast.")
+    dtype: Literal["bfloat16", "float16"] | None = key(None, "Autocast dtype; null is torch's default for the device.")
 
 
 class DataTypes(Section):
     """Dtypes of what is kept between micro-batches."""
 
-    grad_accum_dtype: Annotated[
-        ShortDtype | None, doc("Dtype in which gradients add up over micro-batches; null is fp32.")
-    ] = None
+    grad_accum_dtype: ShortDtype | None = key(None, "Dtype in which gradients add up over micro-batches; null is fp32.")
 
 
 class LeafModule(Section):
     """Modules gathered as one piece at stage 3."""
 
-    classes: Annotated[Names, doc("Classes gathered whole with all inside; absent ones are no error.")] = MOE_BLOCKS
-    names: Annotated[Names, doc("Module paths gathered whole.")] = ()
-    name_suffixes: Annotated[Names, doc("Endings of module paths gathered whole.")] = ()
+    classes: Names = key(MOE_BLOCKS, "Classes gathered whole with all inside; absent ones are no error.")
+    names: Names = key((), "Module paths gathered whole.")
+    name_suffixes: Names = key((), "Endings of module paths gathered whole.")
 
 
 class ZeroOptimization(Section):
     """What is sharded, and in what pieces; `true` is stage 1."""
 
-    stage: Annotated[
-        Stage,
-        doc("What is sharded: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters too."),
-    ] = 0
-    reduce_bucket_size: Annotated[SomeElements, doc("Most gradient elements in one reduction.")] = 500_000_000
-    overlap_comm: Annotated[bool | None, doc("Communicate while computing; null: at stage 3 only.")] = None
-    stage3_prefetch_bucket_size: Annotated[
-        Elements, doc("Elements gathered ahead of their use at stage 3; 0 gathers nothing ahead.")
-    ] = 50_000_000
-    stage3_param_persistence_threshold: Annotated[
-        Elements, doc("Parameters with fewer elements than this stay whole at stage 3.")
-    ] = 100_000
-    stage3_gather_16bit_weights_on_model_save: Annotated[
-        bool, doc("Allow a whole 16-bit copy of the weights to be gathered for saving at stage 3.")
-    ] = False
+    stage: Stage = key(0, "What is sharded: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters too.")
+    reduce_bucket_size: SomeElements = key(500_000_000, "Most gradient elements in one reduction.")
+    overlap_comm: bool | None = key(None, "Communicate while computing; null: at stage 3 only.")
+    stage3_prefetch_bucket_size: Elements = key(
+        50_000_000, "Elements gathered ahead of their use at stage 3; 0 gathers nothing ahead."
+    )
+    stage3_param_persistence_threshold: Elements = key(
+        100_000, "Parameters with fewer elements than this stay whole at stage 3."
+    )
+    stage3_gather_16bit_weights_on_model_save: bool = key(
+        False, "Allow a whole 16-bit copy of the weights to be gathered for saving at stage 3."
+    )
     leaf_module: LeafModule = LeafModule()
 
 
 class Zerolith(Section):
     """What only zerolith knows."""
 
-    unit_classes: Annotated[Names, doc("Class names whose instances each form a unit.")] = ()
+    unit_classes: Names = key((), "Class names whose instances each form a unit.")
 
 
 class Config(Section):
     """Everything that a run is told, checked; `resolve_batch` fills the three batch numbers."""
 
-    train_batch_size: Annotated[Count | None, doc("Samples per optimizer step over all ranks.")] = None
-    train_micro_batch_size_per_gpu: Annotated[Count | None, doc("Samples per rank in one forward and backward.")] = None
-    gradient_accumulation_steps: Annotated[Count | None, doc("Micro-batches per rank in one optimizer step.")] = None
-    gradient_clipping: Annotated[float, doc("Scale gradients down to this global 2-norm; 0 does not clip.", ge=0)] = 1.0
-    communication_data_type: Annotated[
-        ShortDtype | None, doc("Dtype of gradients on the wire; null is the compute dtype.")
-    ] = None
-    steps_per_print: Annotated[
-        StepsOrNever, doc("Optimizer steps between progress lines; null and Infinity print none.")
-    ] = None
-    dataloader_drop_last: Annotated[bool, doc("Drop a last batch that is not full.")] = False
-    reproducible: Annotated[bool, doc("The same bits at every stage and world size, at some cost in speed.")] = False
-    fingerprint_interval: Annotated[
-        int, doc("Optimizer steps between checks that ranks communicate alike; 0 is off.", ge=0, le=MAX_INT)
-    ] = 1
+    train_batch_size: Count | None = key(None, "Samples per optimizer step over all ranks.")
+    train_micro_batch_size_per_gpu: Count | None = key(None, "Samples per rank in one forward and backward.")
+    gradient_accumulation_steps: Count | None = key(None, "Micro-batches per rank in one optimizer step.")
+    gradient_clipping: float = key(1.0, "Scale gradients down to this global 2-norm; 0 does not clip.", ge=0)
+    communication_data_type: ShortDtype | None = key(None, "Dtype of gradients on the wire; null is the compute dtype.")
+    steps_per_print: StepsOrNever = key(None, "Optimizer steps between progress lines; null and Infinity print none.")
+    dataloader_drop_last: bool = key(False, "Drop a last batch that is not full.")
+    reproducible: bool = key(False, "The same bits at every stage and world size, at some cost in speed.")
+    fingerprint_interval: CountOrZero = key(1, "Optimizer steps between checks that ranks communicate alike; 0 is off.")
     optimizer: Optimizer | None = None
     scheduler: Scheduler | None = None
     fp16: FP16 = FP16()
@@ -181,30 +161,27 @@ class Config(Section):
     zero_optimization: ZeroOptimization = ZeroOptimization()
     zerolith: Zerolith = Zerolith()
 
-    _provenance: Provenance = PrivateAttr(default_factory=lambda: Provenance({}, ()))
+    _raw: Mapping[str, Any] = {}  # as the user gave it: any JSON
+    _notes: tuple[Note, ...] = ()
 
     @model_validator(mode="after")
     def _one_precision(self) -> "Config":
-        modes = {
-            "fp16.enabled": self.fp16.enabled,
-            "bf16.enabled": self.bf16.enabled,
-            "torch_autocast.enabled": self.torch_autocast.enabled,
-        }
-        chosen = [path for path, enabled in modes.items() if enabled]
+        modes = ("fp16", "bf16", "torch_autocast")
+        chosen = [f"{mode}.enabled" for mode in modes if getattr(self, mode).enabled]
         if len(chosen) > 1:
             raise ValueError(f"{' and '.join(chosen)} are set together; a run has one precision, keep one")
         return self
 
     def model_post_init(self, context: Any) -> None:  # Any: pydantic's signature
-        if isinstance(context, Provenance):
-            self._provenance = context
+        if context:
+            self._raw, self._notes = context
 
     @property
     def raw(self) -> Mapping[str, Any]:
         """The keys as given: the caller's own dict, or what its file holds."""
-        return self._provenance.raw
+        return self._raw
 
     @property
     def notes(self) -> tuple[Note, ...]:
         """Keys that were given, accepted and without effect, in the order given."""
-        return self._provenance.notes
+        return self._notes

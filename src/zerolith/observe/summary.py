@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 
 from zerolith.optim import PartitionedOptimizer
 from zerolith.partitioning import REPLICATE, SHARD
@@ -52,9 +53,8 @@ def _bytes_at_rest(sharded: ShardedModel, kind: str) -> dict[str, int]:
             continue
         counts["gradients"] += section.grads.data.nbytes
         masters = list(section.masters.values()) if section.main is None else [section.main.data]
-        counts["optimizer"] += sum(STATES.get(kind, 1) * master.nbytes for master in masters)
-        if section.main is None or not section.main.shares_memory_with(section.weights):
-            counts["optimizer"] += sum(master.nbytes for master in masters)
+        lies_apart = section.main is None or not section.main.shares_memory_with(section.weights)
+        counts["optimizer"] += (STATES.get(kind, 1) + int(lies_apart)) * sum(master.nbytes for master in masters)
     return counts
 
 
@@ -62,31 +62,25 @@ def _wire_bytes(sharded: ShardedModel, steps: int) -> dict[str, int]:
     partitioning, size = sharded.plan.partitioning, sharded.comm.size
     gather = scatter = 0
     for unit in sharded.units:
+        passes = 1 if unit.stays or unit is sharded.units[-1] else 2  # the last one stays for backward, too
         for section in unit.sections:
-            weights = section.layout.numel * section.weights.data.element_size()
-            gathers = (1 if unit.stays else 2) * steps if partitioning.params is SHARD else 0
+            gathers = passes * steps if partitioning.params is SHARD else 0
             if section.grads is not None:
                 dtype = sharded.plan.precision.reduce_dtype(section.members[0].param.dtype)
                 scatter += section.layout.numel * dtype.itemsize * (1 if partitioning.rests_partial else steps)
-                gathers += 1 if (partitioning.params, partitioning.optim) == (REPLICATE, SHARD) else 0
+                gathers += int(partitioning.shards_states_only)  # publish() makes the weights whole
                 if partitioning.optim is REPLICATE:
                     gather += section.grads.data.nbytes
-            gather += gathers * weights
+            gather += gathers * section.layout.numel * section.weights.data.element_size()
     return {name: total * (size - 1) // size for name, total in (("all_gather", gather), ("reduce_scatter", scatter))}
 
 
 def _folded(units: tuple[tuple[str, int, int], ...]) -> list[tuple[str, int, int]]:
     """Neighbouring units that differ only in their number, as one line."""
-    rows: list[tuple[str, int, int]] = []
-    run = 1
-    for unit in units:
-        stem = unit[0].rsplit(".", 1)[0]
-        if rows and rows[-1][1:] == unit[1:] and rows[-1][0].split(" ")[0].rsplit(".", 1)[0] == stem:
-            run += 1
-            rows[-1] = (f"{stem}.* ({run} alike)", *unit[1:])
-        else:
-            run = 1
-            rows.append(unit)
+    rows = []
+    for (stem, *sizes), run in groupby(units, key=lambda unit: (unit[0].rsplit(".", 1)[0], *unit[1:])):
+        alike = list(run)
+        rows.append((f"{stem}.* ({len(alike)} alike)", *sizes) if len(alike) > 1 else alike[0])
     return rows
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Iterable, Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,37 +24,34 @@ def build_optimizer(kind: str, params: Mapping[str, Any], groups: Iterable[Any])
     As in DeepSpeed, "Adam" decouples the weight decay (AdamW) unless `adam_w_mode` is false, and neither decays
     unless told. The fused implementation is used where torch has one. Raises ConfigError with the nearest right name.
     """
-    table = {name.lower(): name for name in dir(torch.optim) if _is_optimizer(getattr(torch.optim, name))}
-    name = table.get(kind.lower())
+    known = _subclasses(Optimizer, torch.optim)
+    name = {name.lower(): name for name in known}.get(kind.lower())
     if name is None:
-        raise ConfigError(
-            f"optimizer.type: {kind!r} is not an optimizer of torch.optim{_nearest(kind, table.values())}"
-        )
+        raise ConfigError(f"optimizer.type: {kind!r} is not an optimizer of torch.optim{_nearest(kind, known)}")
     options = dict(params)
     if name in ("Adam", "AdamW"):
         if not params.get("bias_correction", True):
             raise ConfigError(
                 f"optimizer.params.bias_correction: torch.optim.{name} always corrects the bias; leave it out"
             )
-        decoupled = name == "AdamW" or params.get("adam_w_mode", True)
-        name = "AdamW" if decoupled else "Adam"
+        if params.get("adam_w_mode", True):
+            name = "AdamW"
         options = {"weight_decay": 0.0} | {key: value for key, value in params.items() if key not in ADAM_ONLY}
     if name in FUSED and not {"fused", "foreach", "differentiable"} & options.keys():
         options["fused"] = True
-    return _construct(getattr(torch.optim, name), groups, options, "optimizer.params")
+    return _construct(known[name], groups, options, "optimizer.params")
 
 
 def build_scheduler(kind: str, params: Mapping[str, Any], optimizer: Optimizer) -> LRScheduler:
     """The class `kind` of torch.optim.lr_scheduler over `optimizer`. Raises ConfigError with the nearest name."""
-    schedulers = torch.optim.lr_scheduler
-    names = [name for name in dir(schedulers) if _is_scheduler(getattr(schedulers, name))]
-    if kind not in names:
-        raise ConfigError(f"scheduler.type: {kind!r} is not in torch.optim.lr_scheduler{_nearest(kind, names)}")
-    return _construct(getattr(schedulers, kind), optimizer, params, "scheduler.params")
+    known = _subclasses(LRScheduler, torch.optim.lr_scheduler)
+    if kind not in known:
+        raise ConfigError(f"scheduler.type: {kind!r} is not in torch.optim.lr_scheduler{_nearest(kind, known)}")
+    return _construct(known[kind], optimizer, params, "scheduler.params")
 
 
 def _construct(factory: Any, first: Any, options: Mapping[str, Any], path: str) -> Any:
-    known = [name for name in inspect.signature(factory).parameters][1:]
+    known = list(inspect.signature(factory).parameters)[1:]
     for name in options:
         if name not in known:
             raise ConfigError(
@@ -66,12 +64,10 @@ def _construct(factory: Any, first: Any, options: Mapping[str, Any], path: str) 
         raise ConfigError(f"{path}: {factory.__name__} refuses them: {error}") from error
 
 
-def _is_optimizer(candidate: object) -> bool:
-    return inspect.isclass(candidate) and issubclass(candidate, Optimizer) and candidate is not Optimizer
-
-
-def _is_scheduler(candidate: object) -> bool:
-    return inspect.isclass(candidate) and issubclass(candidate, LRScheduler) and candidate is not LRScheduler
+def _subclasses(base: type, module: ModuleType) -> dict[str, type]:
+    """The classes in `module` that are made from `base`, by name."""
+    classes = inspect.getmembers(module, inspect.isclass)
+    return {name: each for name, each in classes if issubclass(each, base) and each is not base}
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

@@ -6,6 +6,9 @@ by another. No rank ever holds more than the tensors that it owns.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +16,8 @@ from zerolith.buffer import FlatBuffer
 from zerolith.comm import Comm
 from zerolith.layout import Range
 from zerolith.section import Section
+
+Views = list[list[Tensor]]  # flat parts of tensors, by the other rank, in an order that both ends know
 
 
 class WholeTensors:
@@ -22,47 +27,41 @@ class WholeTensors:
         self.section = section
         self.comm = comm
         self.params = {index: nn.Parameter(master) for index, master in section.masters.items()}
-        ranks = range(comm.size)
-        indices = range(len(section.members))
-        # (slot, part of it in elements from its head), by the other rank, in an order that both ends know.
-        self.sent = [self._parts(comm.rank, [i for i in indices if section.owners[i] == owner]) for owner in ranks]
-        mine = [i for i in indices if section.owners[i] == comm.rank]
-        self.received = [self._parts(source, mine) for source in ranks]
+        # (slot, part of it in elements from its head), by the other rank
+        self.sent = [self._parts(holder=comm.rank, owner=owner) for owner in range(comm.size)]
+        self.received = [self._parts(holder=source, owner=comm.rank) for source in range(comm.size)]
 
     def take_grads(self, shard: FlatBuffer) -> dict[int, Tensor]:
         """From every rank's shard of the gradients to the owners' whole ones, by slot. Collective."""
-        inbox = shard.data.new_empty(_numel(self.received))
-        outbox = torch.cat([self._at(shard, *part) for parts in self.sent for part in parts] or [inbox[:0]])
-        self.comm.all_to_all(inbox, outbox, *self._splits(), name=f"{self.section.name}.grad")
-        whole = {index: shard.data.new_empty(param.numel()) for index, param in self.params.items()}
-        cursor = 0
-        for index, part in (part for parts in self.received for part in parts):
-            whole[index][part.start : part.stop] = inbox[cursor : cursor + part.numel]
-            cursor += part.numel
-        return {index: grad.view_as(self.params[index]) for index, grad in whole.items()}
+        whole = {index: shard.data.new_empty(param.shape) for index, param in self.params.items()}
+        self._move(self._in_shard(shard), self._in_whole(whole), shard.data.dtype, name=f"{self.section.name}.grad")
+        return whole
 
     def put_values(self, shard: FlatBuffer) -> None:
         """From the owners' masters to every rank's shard of the weights, in the weights' dtype. Collective."""
-        flats = {index: param.detach().to(shard.data.dtype).view(-1) for index, param in self.params.items()}
-        inbox = shard.data.new_empty(_numel(self.sent))
-        parts = [flats[index][part.start : part.stop] for parts in self.received for index, part in parts]
-        received, sent = self._splits()
-        self.comm.all_to_all(inbox, torch.cat(parts or [inbox[:0]]), sent, received, name=self.section.name)
-        cursor = 0
-        for index, part in (part for parts in self.sent for part in parts):
-            self._at(shard, index, part).copy_(inbox[cursor : cursor + part.numel])
-            cursor += part.numel
+        whole = {index: param.detach().to(shard.data.dtype) for index, param in self.params.items()}
+        self._move(self._in_whole(whole), self._in_shard(shard), shard.data.dtype, name=self.section.name)
 
-    def _parts(self, holder: int, indices: list[int]) -> list[tuple[int, Range]]:
-        owned = [(index, self.section.layout.owned(index, holder)) for index in indices]
-        return [(index, part) for index, part in owned if part.numel]
+    def _parts(self, *, holder: int, owner: int) -> list[tuple[int, Range]]:
+        """What rank `holder` has in its shard of the tensors that rank `owner` steps."""
+        layout, owners = self.section.layout, self.section.owners
+        parts = [(index, layout.owned(index, holder)) for index, rank in enumerate(owners) if rank == owner]
+        return [(index, part) for index, part in parts if part.numel]
 
-    def _at(self, shard: FlatBuffer, index: int, part: Range) -> Tensor:
-        return shard.at(part.shift(self.section.layout.slots[index].start))
+    def _in_shard(self, shard: FlatBuffer) -> Views:
+        slots = self.section.layout.slots
+        return [[shard.at(part.shift(slots[index].start)) for index, part in parts] for parts in self.sent]
 
-    def _splits(self) -> tuple[list[int], list[int]]:
-        return [_numel([parts]) for parts in self.received], [_numel([parts]) for parts in self.sent]
+    def _in_whole(self, whole: Mapping[int, Tensor]) -> Views:
+        return [[whole[index].view(-1)[part.start : part.stop] for index, part in parts] for parts in self.received]
 
-
-def _numel(parts: list[list[tuple[int, Range]]]) -> int:
-    return sum(part.numel for own in parts for _, part in own)
+    def _move(self, source: Views, target: Views, dtype: torch.dtype, *, name: str) -> None:
+        """Copy what every rank has in `source` to the others' `target`, all of it in `dtype`. Collective."""
+        in_splits, out_splits = ([sum(view.numel() for view in views) for views in each] for each in (source, target))
+        received = list(chain(*target))
+        # Also a rank that sends nothing sends it in the dtype of all.
+        outbox = torch.cat([torch.empty(0, dtype=dtype, device=self.comm.device), *chain(*source)])
+        inbox = outbox.new_empty(sum(out_splits))
+        self.comm.all_to_all(inbox, outbox, out_splits, in_splits, name=name)
+        for view, values in zip(received, inbox.split([view.numel() for view in received]), strict=True):
+            view.copy_(values)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -40,12 +41,12 @@ def examine(gradients: Sequence[Gradients], comm: Comm, *, fingerprint: bool) ->
     """
     squares = [_block_squares(own) for own in gradients]
     largest = max((float(square.max()) for square in squares if square.numel()), default=0.0)
-    largest = largest if math.isfinite(largest) else math.inf
     flags = [float(used) for own in gradients for used in own.used]
     print_ = float(comm.journal.fingerprint) if fingerprint else 0.0
     largest, high, low, *flags = comm.max([largest, print_, -print_, *flags], name="gradient facts")
     comm.check_journals(high, low, name="collective journals")
-    used = _split(flags, [len(own.used) for own in gradients])
+    left = iter(flags)
+    used = [[flag > 0 for flag in islice(left, len(own.used))] for own in gradients]
     if not math.isfinite(largest):
         return GradientFacts(math.inf, True, used, _culprit(gradients, squares, comm))
     blocks = sum(slot.padded.numel for own in gradients for slot in own.section.layout.slots) // BLOCK
@@ -66,8 +67,6 @@ def _block_squares(own: Gradients) -> Tensor:
 
 def _exact_parts(squares: Sequence[Tensor], largest: float, blocks: int) -> list[float]:
     """This rank's sum in two parts, coarse and fine; both may be added over ranks in any order without rounding."""
-    if largest == 0.0:
-        return [0.0, 0.0]
     growth = max(blocks, 1).bit_length()  # a sum of `blocks` terms is under 2**growth of the largest
     unit = math.ldexp(1.0, math.frexp(largest)[1] + growth - MANTISSA)
     parts = []
@@ -86,18 +85,10 @@ def _culprit(gradients: Sequence[Gradients], squares: Sequence[Tensor], comm: Co
     for own, square in zip(gradients, squares, strict=True):
         bad = torch.nonzero(~torch.isfinite(square))
         if len(bad):
-            element = own.section.layout.shard(comm.rank).start + int(bad[0]) * BLOCK
-            slots = own.section.layout.slots
-            index = max(index for index, slot in enumerate(slots) if slot.start <= element)
+            layout = own.section.layout
+            element = layout.shard(comm.rank).start + int(bad[0]) * BLOCK
+            index = max(index for index, slot in enumerate(layout.slots) if slot.start <= element)
             mine = f"{own.section.members[index].name} (shard of rank {comm.rank})"
             break
     names = comm.all_gather_bytes(mine.encode(), name="parameter that overflowed")
     return next((name.decode() for name in names if name), "")
-
-
-def _split(flags: Sequence[float], sizes: Sequence[int]) -> list[list[bool]]:
-    parts, start = [], 0
-    for size in sizes:
-        parts.append([flag > 0 for flag in flags[start : start + size]])
-        start += size
-    return parts

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.optim import Optimizer
 from zerolith.comm import Comm
 from zerolith.errors import OptimizerError
 from zerolith.gradients import Gradients
-from zerolith.layout import Range
+from zerolith.layout import Range, merge_runs
 from zerolith.optim.exchange import WholeTensors
 from zerolith.section import Granularity
 
@@ -46,15 +47,10 @@ class PartitionedOptimizer:
     def __init__(self, inner: Optimizer, gradients: Sequence[Gradients], comm: Comm) -> None:
         self.inner = inner
         self.gradients = list(gradients)
-        self.pieces: list[Piece] = []
-        self.whole: list[tuple[Gradients, WholeTensors]] = []
+        self.whole = {own: WholeTensors(own.section, comm) for own in gradients if own.section.main is None}
+        self.pieces = {own: self._cut(own) for own in gradients}
         self.is_stepping = False
         self._given = [group["params"] for group in inner.param_groups]
-        for own in self.gradients:
-            if own.section.main is None:
-                self.whole.append((own, WholeTensors(own.section, comm)))
-            else:
-                self.pieces += self._cut(own)
         given = {id(param): state for param, state in inner.state.items()}
         inner.state.clear()
         self._carry_over(given)
@@ -66,30 +62,29 @@ class PartitionedOptimizer:
         used: per section, per parameter. A parameter without a gradient on any rank keeps its value, its
         momentum and its own step count. Collective where whole tensors are exchanged.
         """
-        by_section = {id(own): flags for own, flags in zip(self.gradients, used, strict=True)}
-        self.pieces = [part for piece in self.pieces for part in self._by_use(piece, by_section[id(piece.gradients)])]
+        for own, flags in zip(self.gradients, used, strict=True):
+            self.pieces[own] = [part for piece in self.pieces[own] for part in self._by_use(piece, flags)]
         self._hand_over()
-        for own, tensors in self.whole:
-            self._set_whole_grads(own, tensors, by_section[id(own)])
-        for piece in self.pieces:
-            flags = by_section[id(piece.gradients)]
-            if any(flags[index] for index in piece.slots()):
-                piece.param.grad = self._grad_of(piece)
-        self._step_inner()
-        for own, tensors in self.whole:
+        for own, flags in zip(self.gradients, used, strict=True):
+            self._set_grads(own, flags)
+        self.is_stepping = True
+        try:
+            self.inner.step()
+        finally:
+            self.is_stepping = False
+            for group in self.inner.param_groups:
+                for param in group["params"]:
+                    param.grad = None
+        for own, tensors in self.whole.items():
             tensors.put_values(own.section.weights.own())
 
     def locate(self, own: Gradients, index: int) -> Iterator[tuple[nn.Parameter, Range, Range]]:
         """Where slot `index` lies on this rank: (stepped tensor, range in it, range in the slot), flattened."""
         slot = own.section.layout.slots[index]
-        for piece in self.pieces:
+        for piece in self.pieces[own]:
             part = slot.span.clip(piece.range)
-            if piece.gradients is own and part.numel:
+            if part.numel:
                 yield piece.param, part.shift(-piece.range.start), part.shift(-slot.start)
-        for other, tensors in self.whole:
-            if other is own and index in tensors.params:
-                whole = Range(0, slot.numel)
-                yield tensors.params[index], whole, whole
 
     def let_go(self) -> None:
         """Give the optimizer back as it came: over the client's tensors, without state."""
@@ -114,39 +109,25 @@ class PartitionedOptimizer:
                         else:
                             mine[name] = copy.deepcopy(value)
 
-    def _step_inner(self) -> None:
-        self.is_stepping = True
-        try:
-            self.inner.step()
-        finally:
-            self.is_stepping = False
-            for group in self.inner.param_groups:
-                for param in group["params"]:
-                    param.grad = None
-
     def _cut(self, own: Gradients) -> list[Piece]:
-        section = own.section
-        main, layout = section.main, section.layout
-        assert main is not None, "sections without a flat master are exchanged, not cut"
-        if section.granularity is Granularity.TENSOR:
-            return [
-                Piece(own, slot.padded, slot.group, nn.Parameter(main.slot(index)))
-                for index, slot in enumerate(layout.slots)
-            ]
-        ranges = [(group, run.clip(main.range)) for group, run in layout.group_ranges()]
-        return [Piece(own, run, group, nn.Parameter(main.at(run))) for group, run in ranges if run.numel]
-
-    def _grad_of(self, piece: Piece) -> Tensor:
-        if piece.gradients.section.granularity is Granularity.TENSOR:
-            grad = piece.gradients.sum.slot(piece.slots()[0])
+        main, layout = own.section.main, own.section.layout
+        if main is not None and own.section.granularity is Granularity.ELEMENT:
+            ranges = [(group, run.clip(main.range)) for group, run in layout.group_ranges()]
+            return [Piece(own, run, group, nn.Parameter(main.at(run))) for group, run in ranges if run.numel]
+        if main is None:
+            params = self.whole[own].params
         else:
-            grad = piece.gradients.sum.at(piece.range)
-        return grad.to(piece.param.dtype)
+            params = {index: nn.Parameter(main.slot(index)) for index in range(len(layout.slots))}
+        return [Piece(own, layout.slots[index].span, layout.slots[index].group, params[index]) for index in params]
 
-    def _set_whole_grads(self, own: Gradients, tensors: WholeTensors, flags: Sequence[bool]) -> None:
-        for index, grad in tensors.take_grads(own.sum.own()).items():
-            if flags[index]:
-                tensors.params[index].grad = grad.to(tensors.params[index].dtype)
+    def _set_grads(self, own: Gradients, flags: Sequence[bool]) -> None:
+        """Give the pieces whose parameters had a gradient theirs. Collective where whole tensors are exchanged."""
+        whole = self.whole[own].take_grads(own.sum.own()) if own in self.whole else {}
+        for piece in self.pieces[own]:
+            slots = piece.slots()
+            if any(flags[index] for index in slots):
+                grad = whole[slots[0]] if whole else own.sum.at(piece.range)
+                piece.param.grad = grad.view_as(piece.param).to(piece.param.dtype)
 
     def _by_use(self, piece: Piece, flags: Sequence[bool]) -> list[Piece]:
         """The piece, or its parts if only some of its parameters had a gradient; they stay apart from then on."""
@@ -154,26 +135,16 @@ class PartitionedOptimizer:
         if len({flags[index] for index in slots}) <= 1:
             return [piece]
         layout = piece.gradients.section.layout
-        runs: list[tuple[bool, Range]] = []
-        for index in slots:
-            part = layout.slots[index].padded.clip(piece.range)
-            if runs and runs[-1][0] == flags[index]:
-                runs[-1] = (flags[index], Range(runs[-1][1].start, part.stop))
-            else:
-                runs.append((flags[index], part))
+        runs = merge_runs((flags[index], layout.slots[index].padded.clip(piece.range)) for index in slots)
         state = self.inner.state.pop(piece.param, {})
         return [self._part(piece, run, state) for _, run in runs]
 
     def _part(self, piece: Piece, run: Range, state: State) -> Piece:
         where = slice(run.start - piece.range.start, run.stop - piece.range.start)
         part = Piece(piece.gradients, run, piece.group, nn.Parameter(piece.param.detach()[where]))
-        if state:
-            self.inner.state[part.param] = {
-                name: value[where].clone()
-                if isinstance(value, Tensor) and value.shape == piece.param.shape
-                else copy.deepcopy(value)
-                for name, value in state.items()
-            }
+        for name, value in state.items():
+            is_cut = _is_per_element(name, value, piece.param.shape)
+            self.inner.state[part.param][name] = value[where].clone() if is_cut else copy.deepcopy(value)
         return part
 
     def _hand_over(self) -> None:
@@ -182,14 +153,10 @@ class PartitionedOptimizer:
                 f"the optimizer has {len(self.inner.param_groups)} param groups and had {len(self._given)} when "
                 "initialize sharded them; add groups before it"
             )
-        params: list[list[Tensor]] = [[] for _ in self.inner.param_groups]
-        for piece in self.pieces:
-            params[piece.group].append(piece.param)
-        for own, tensors in self.whole:
-            for index, param in tensors.params.items():
-                params[own.section.layout.slots[index].group].append(param)
-        for group, own_params in zip(self.inner.param_groups, params, strict=True):
-            group["params"] = own_params
+        for group in self.inner.param_groups:
+            group["params"] = []
+        for piece in chain(*self.pieces.values()):
+            self.inner.param_groups[piece.group]["params"].append(piece.param)
 
 
 def _is_per_element(name: str, value: object, shape: torch.Size) -> bool:

@@ -30,11 +30,7 @@ class Precision:
         return self.reduce or self.compute_dtype(dtype)
 
     def accumulate_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return self.accumulate or _at_least_fp32(self.compute_dtype(dtype))
+        return self.accumulate or self.master_dtype(self.compute_dtype(dtype))
 
     def master_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return _at_least_fp32(dtype)
-
-
-def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in HALF else dtype
+        return torch.float32 if dtype in HALF else dtype

@@ -62,5 +62,4 @@ class LossScaler:
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, float | int | bool]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
+        vars(self).update(state)

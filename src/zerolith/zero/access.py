@@ -15,7 +15,7 @@ from torch import Tensor
 from zerolith.errors import UsageError
 from zerolith.gradients import Gradients
 from zerolith.layout import Range
-from zerolith.partitioning import REPLICATE, SHARD
+from zerolith.partitioning import SHARD
 from zerolith.zero.owners import Owner, owner_of
 
 Part = tuple[Tensor, Range]  # a flat view, and where it lies in the flattened parameter
@@ -52,7 +52,7 @@ def safe_set_full_fp32_param(param: Tensor, value: Tensor) -> None:
 def safe_set_full_grad(param: Tensor, value: Tensor) -> None:
     """Overwrite the mean gradient that the next step will use. `value`: the same on every rank."""
     owner = _owner(param)
-    _write(_grad_parts(owner), _checked(param, value) * owner.terms())
+    _write(_grad_to_set(owner), _checked(param, value) * owner.terms())
 
 
 def safe_set_full_optimizer_state(param: Tensor, value: Tensor, optim_state_key: str) -> None:
@@ -86,7 +86,7 @@ def safe_set_local_fp32_param(param: Tensor, value: Tensor) -> None:
 def safe_set_local_grad(param: Tensor, value: Tensor) -> None:
     """Overwrite this rank's flat part of the mean gradient."""
     owner = _owner(param)
-    _write_local(_grad_parts(owner), value * owner.terms())
+    _write_local(_grad_to_set(owner), value * owner.terms())
 
 
 def safe_set_local_optimizer_state(param: Tensor, value: Tensor, optim_state_key: str) -> None:
@@ -145,11 +145,21 @@ def _grad_parts(owner: Owner) -> list[Part]:
     """All that is right on this rank before the step: the shard, or the whole where it is gathered already."""
     own = _trained(owner)
     owner.sharded.reducer.wait_for_gathers()
-    layout, index = own.section.layout, owner.place.index
-    if own.gathered and own.sum.placement is REPLICATE:
-        return [(own.sum.slot(index).view(-1), Range(0, layout.slots[index].numel))]
-    part = layout.owned(index, own.comm.rank)
-    return [(own.sum.at(part.shift(layout.slots[index].start)), part)] if part.numel else []
+    slot = own.section.layout.slots[owner.place.index]
+    held = own.sum if own.gathered else own.sum.own()
+    part = slot.span.clip(held.range)
+    return [(held.at(part), part.shift(-slot.start))] if part.numel else []
+
+
+def _grad_to_set(owner: Owner) -> list[Part]:
+    own, place = _trained(owner), owner.place
+    if not _has_mean(own):
+        raise UsageError(
+            f"the gradient of {place.member.name!r} would be lost: set it between the backward that completes it and "
+            "step()"
+        )
+    own.used[place.index] = True  # a step uses it even if backward gave it none
+    return _grad_parts(owner)
 
 
 def _whole(owner: Owner, parts: list[Part], *, flat_shards: bool = False) -> Tensor:
@@ -170,13 +180,13 @@ def _whole(owner: Owner, parts: list[Part], *, flat_shards: bool = False) -> Ten
 
 
 def _write(parts: list[Part], flat: Tensor) -> None:
-    with torch.no_grad():
-        for tensor, part in parts:
-            tensor.copy_(flat[part.start : part.stop])
+    for tensor, part in parts:
+        tensor.copy_(flat[part.start : part.stop])
 
 
 def _local(parts: list[Part], param: Tensor) -> Tensor:
-    return torch.cat([tensor for tensor, _ in parts]) if parts else param.new_empty(0, dtype=torch.float32)
+    nothing = torch.empty(0, dtype=torch.float32, device=param.device)
+    return torch.cat([tensor for tensor, _ in parts]) if parts else nothing
 
 
 def _write_local(parts: list[Part], value: Tensor) -> None:
@@ -185,6 +195,5 @@ def _write_local(parts: list[Part], value: Tensor) -> None:
         raise UsageError(
             f"this rank holds {sum(held)} elements of the parameter; a value of {value.numel()} does not fit"
         )
-    with torch.no_grad():
-        for (tensor, _), piece in zip(parts, value.reshape(-1).split(held), strict=True):
-            tensor.copy_(piece)
+    for (tensor, _), piece in zip(parts, value.detach().reshape(-1).split(held), strict=True):
+        tensor.copy_(piece)

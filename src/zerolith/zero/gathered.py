@@ -34,11 +34,8 @@ class GatheredParameters:
         distinct = {id(param): param for param in given if param is not None} if enabled else {}
         self.modifier_rank = modifier_rank
         self._owners = [owner for owner in map(owner_of, distinct.values()) if owner is not None]
-        self._origins = [
-            param.origin
-            for param in distinct.values()
-            if isinstance(param, ShardedParameter) and isinstance(param.origin, Origin)
-        ]
+        origins = [param.origin for param in distinct.values() if isinstance(param, ShardedParameter)]
+        self._origins = [origin for origin in origins if isinstance(origin, Origin)]
 
     def __enter__(self) -> None:
         for owner in self._owners:
@@ -49,8 +46,10 @@ class GatheredParameters:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            if kind is None:
-                self._keep_edits()
+            if kind is None and self.modifier_rank is not None:
+                self._keep_edits(self.modifier_rank)
+            elif kind is None:
+                self._refuse_edits()
         finally:
             for origin in self._origins:
                 origin.close(source=self.modifier_rank)
@@ -61,14 +60,11 @@ class GatheredParameters:
                     owner.place.unit.release()
 
     @torch.no_grad()
-    def _keep_edits(self) -> None:
-        if self.modifier_rank is None:
-            self._refuse_edits()
-            return
+    def _keep_edits(self, source: int) -> None:
         for owner in self._owners:
             place = owner.place
             whole = place.section.whole.slot(place.index)
-            owner.sharded.comm.broadcast(whole, source=self.modifier_rank, name=f"{place.member.name} edited")
+            owner.sharded.comm.broadcast(whole, source=source, name=f"{place.member.name} edited")
             place.section.adopt_slot(place.index)
 
     def _refuse_edits(self) -> None:

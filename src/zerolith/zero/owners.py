@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from zerolith.errors import UsageError
 from zerolith.gradients import Gradients
 from zerolith.optim import PartitionedOptimizer
 from zerolith.sharded_model import Place, ShardedModel
@@ -35,11 +34,7 @@ _KNOWN: weakref.WeakKeyDictionary[ShardedModel, _Known] = weakref.WeakKeyDiction
 
 
 def register(sharded: ShardedModel, optimizer: PartitionedOptimizer | None, terms: Callable[[], float]) -> None:
-    """Make `owner_of` know every parameter of `sharded`. Raises UsageError if another engine has one of them."""
-    if any(owner_of(member.param) is not None for section in sharded.sections for member in section.members):
-        raise UsageError(
-            "a parameter of this model belongs to another engine already; call destroy() on that engine first"
-        )
+    """Make `owner_of` know every parameter of `sharded`, which no other engine has."""
     _KNOWN[sharded] = (optimizer, terms)
 
 
