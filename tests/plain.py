@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +34,7 @@ class Trained(NamedTuple):
 
     weights: dict[str, Tensor]
     norms: list[float]
-    applied: list[bool]  # was_step_applied after every step
+    applied: Sequence[bool] = ()  # was_step_applied after every step
 
 
 def make_mlp(*, bias: bool = True, seed: int = 0, width: int = 24) -> nn.Sequential:

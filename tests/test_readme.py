@@ -1,4 +1,4 @@
-"""The code in the README runs as it stands."""
+"""The code in the README and in the docs runs as it stands."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from harness import run_ranks
 
 ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
 
 
 def python_blocks(name: str) -> list[str]:
@@ -17,13 +18,14 @@ def python_blocks(name: str) -> list[str]:
 
 
 def run_block(source: str) -> None:
-    exec(compile(source, "README", "exec"), {})
+    exec(compile(source, "example", "exec"), {})
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)])
 @pytest.mark.parametrize("world", [1, 2])
-def test_the_example_runs(world: int) -> None:
-    [block] = python_blocks("README.md")
-    run_ranks(world, run_block, block)
+def test_the_examples_run(page: str, world: int) -> None:
+    for block in python_blocks(page):
+        run_ranks(world, run_block, block)
 
 
 def test_both_readmes_show_the_same_example() -> None:

@@ -12,8 +12,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zerolith import errors as errors, zero as zero
+    from zerolith import data as data, errors as errors, zero as zero
     from zerolith.comm import init_distributed as init_distributed
+    from zerolith.data import RepeatingLoader as RepeatingLoader
     from zerolith.engine import Engine as Engine
     from zerolith.initialize import add_config_arguments as add_config_arguments, initialize as initialize
     from zerolith.status import StepReport as StepReport
@@ -22,8 +23,10 @@ __version__ = "0.1.0"
 
 _HOMES = {  # a name that its home does not hold is the home itself
     "Engine": "zerolith.engine",
+    "RepeatingLoader": "zerolith.data",
     "StepReport": "zerolith.status",
     "add_config_arguments": "zerolith.initialize",
+    "data": "zerolith.data",
     "errors": "zerolith.errors",
     "init_distributed": "zerolith.comm",
     "initialize": "zerolith.initialize",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zerolith.config import Config
+from zerolith.data import Loader, make_loader
 from zerolith.errors import UsageError
 from zerolith.observe import Summary, summarize
 from zerolith.optim import PartitionedOptimizer, ZeroOptimizer, examine
@@ -61,8 +62,10 @@ class Engine(Status):
             handles.append(optimizer.register_step_pre_hook(_weakly(self, Engine._refuse_outside)))
             self.optimizer = ZeroOptimizer(optimizer, step=self.step, zero_grad=self.zero_grad)
         comm, micro = sharded.comm, self._micro
-        # How many gradients a sum holds, times the loss scale. Not a method: that would keep a dropped engine alive.
-        self._terms: Callable[[], float] = lambda: comm.size * micro.per_step * scaler.scale
+        of_ranks = (1 if config.gradient_allreduce_op == "sum" else comm.size) / config.gradient_predivide_factor
+        # What a sum of gradients is divided by, loss scale included. Not a method: that would keep a dropped engine
+        # alive.
+        self._terms: Callable[[], float] = lambda: of_ranks * micro.per_step * scaler.scale
         register(sharded, self._partitioned, self._terms)
         self._finalizer = weakref.finalize(self, _let_go, sharded, self._partitioned, handles)
         self._finalizer.atexit = False
@@ -124,6 +127,18 @@ class Engine(Status):
         finally:
             self._syncing = True
 
+    @contextmanager
+    def coalesce_grad_reduction(self) -> Iterator[None]:
+        """Backwards in here keep this rank's gradient whole, as in no_sync; leaving it reduces their sum at once.
+
+        Stages that reduce at the accumulation boundary alone (0 and 1) do so before it, too. Collective at the end.
+        """
+        with self.no_sync():
+            yield
+        resting = self._sharded.plan.partitioning.rests_partial and not self._micro.is_last()
+        if not resting:
+            self._sharded.reducer.flush()
+
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the micro-batch at hand, or the one just done, completes an optimizer step."""
         return self._micro.is_boundary()
@@ -143,13 +158,15 @@ class Engine(Status):
         self._check_ready()
         if self._partitioned is None:
             raise UsageError("step() needs an optimizer; pass one to initialize or name one in the config")
+        since_step = self._micro.since_step
         if not self._micro.take_step():
             self._applied = False
             return
         self.report = self._update(self._partitioned)
         self._applied = not self.report.skipped
         self.global_steps += 1
-        self.global_samples += self._settings.train_batch_size or 0
+        counted = self._micro.per_step if self._micro.managed else since_step
+        self.global_samples += self.train_batch_size() // self._micro.per_step * counted
         self.skipped_steps += self.report.skipped
         if self._applied and self.lr_scheduler is not None:
             self.lr_scheduler.step(**(lr_kwargs or {}))
@@ -183,6 +200,32 @@ class Engine(Status):
         self.optimizer.stepped(skipped=skip, loss_scale=self._scaler.scale)
         return StepReport(norm, skip, scale, facts.culprit)
 
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Change the samples per optimizer step by changing the number of micro-batches; the same on every rank.
+
+        Raises UsageError if it is no multiple of micro-batch times ranks, or in the middle of an accumulation.
+        """
+        piece = self.train_micro_batch_size_per_gpu() * self.dp_world_size
+        if train_batch_size < 1 or train_batch_size % piece:
+            raise UsageError(
+                f"set_train_batch_size({train_batch_size}): it must be a multiple of {piece}, the micro-batch times "
+                f"{self.dp_world_size} ranks"
+            )
+        self._resize(train_batch_size, self.train_micro_batch_size_per_gpu())
+
+    def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
+        """Change the samples per rank and micro-batch; the number of micro-batches stays. Loaders are not changed."""
+        if micro_batch_size < 1:
+            raise UsageError(f"set_train_micro_batch_size({micro_batch_size}): it must be at least 1")
+        piece = self.gradient_accumulation_steps() * self.dp_world_size
+        self._resize(micro_batch_size * piece, micro_batch_size)
+
+    def _resize(self, total: int, micro: int) -> None:
+        steps = total // (micro * self.dp_world_size)
+        self._micro.count_anew(steps)
+        sizes = {"train_batch_size": total, "train_micro_batch_size_per_gpu": micro}
+        self._settings = self._settings.model_copy(update={**sizes, "gradient_accumulation_steps": steps})
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop what has been accumulated since the last step. step() does so by itself."""
         self._check_alive()
@@ -199,6 +242,29 @@ class Engine(Status):
         self._in_backward = self._managed = False
         self._sharded.reset()
         self._micro.drop()
+
+    def deepspeed_io(
+        self,
+        dataset: Any,
+        batch_size: int | None = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        num_local_io_workers: int | None = None,
+        **options: Any,
+    ) -> Loader:
+        """A loader of this rank's micro-batches of `dataset`, such as one to validate with.
+
+        By default in the configured micro-batch size. `options` are those of zerolith.data.make_loader: drop_last,
+        seed, shuffle, curriculum.
+        """
+        return make_loader(
+            dataset,
+            micro_batch=batch_size or self.train_micro_batch_size_per_gpu(),
+            rank=self.global_rank,
+            num_ranks=self.world_size,
+            collate_fn=collate_fn,
+            num_workers=num_local_io_workers or 0,
+            **{"drop_last": self._settings.dataloader_drop_last, **options},
+        )
 
     # Its end
 
@@ -228,7 +294,7 @@ class Engine(Status):
     def _enter_backward(self) -> None:
         self._in_backward = True
         self._micro.backward_begun()
-        resting = self._sharded.plan.partitioning.rests_partial and not self._micro.is_boundary()
+        resting = self._sharded.plan.partitioning.rests_partial and not self._micro.is_last()
         self._sharded.gatherer.begin_backward()
         self._sharded.reducer.begin(reducing=self._syncing and not resting)
 

@@ -86,6 +86,7 @@ class Gradients:
         dtype = section.members[0].param.dtype
         self.wire_dtype = precision.reduce_dtype(dtype)
         self.rest_dtype = section.grads.data.dtype
+        self.predivide = precision.predivide
         self.term: Term | None = None
         self.used = [False] * len(section.members)  # got a gradient on this rank since the last step
         self.fresh = True  # `sum` holds nothing yet
@@ -131,6 +132,8 @@ class Gradients:
             self._lender = term
         self.fresh = False
         self.gathered = self.partitioning.optim is SHARD
+        if self.predivide != 1.0:
+            term.buffer.data.div_(self.predivide)
         sent = self._to_wire(term)
         name = f"{self.section.name}.grad"
         pending = redistribute(sent.buffer, self._to_overwrite().own(), comm=self.comm, name=name, fresh=fresh)
@@ -161,7 +164,7 @@ class Gradients:
         self._buffer.release()
 
     def _is_whole_term(self, grad: Tensor) -> bool:
-        fills = grad.numel() == self.section.layout.numel and grad.dtype == self.wire_dtype
+        fills = grad.numel() == self.section.layout.numel and grad.dtype == self.wire_dtype and self.predivide == 1.0
         return fills and type(grad) is Tensor and grad.layout is torch.strided and grad.is_contiguous()
 
     def _new_term(self, dtype: torch.dtype) -> Term:

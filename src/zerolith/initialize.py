@@ -16,15 +16,15 @@ from torch.optim import Optimizer
 
 from zerolith.comm import TIMEOUT, Comm, agree, default_comm, handshake, init_distributed
 from zerolith.config import Config, load_config, resolve_batch
-from zerolith.data import make_loader
+from zerolith.data import Loader, make_loader
 from zerolith.engine import Engine
 from zerolith.errors import ConfigError, OptimizerError, UsageError
 from zerolith.memory import keep_freed_pages
-from zerolith.optim import build_optimizer, build_scheduler, granularity_of
+from zerolith.optim import build_optimizer, build_scheduler, granularities_of
 from zerolith.parameter import ShardedParameter
 from zerolith.partitioning import REPLICATE, Partitioning
 from zerolith.precision import LossScaler, Precision
-from zerolith.section import Granularity, Member, Plan
+from zerolith.section import Member, Plan
 from zerolith.sharded_model import ShardedModel
 from zerolith.wrap import WrapPolicy, find_members
 from zerolith.zero.init import Origin
@@ -45,8 +45,7 @@ class _Inputs:
     config: Config
     optimizer: Optimizer | None
     members: list[Member]
-    granularity: Granularity
-    loader: Any  # a torch DataLoader, or None
+    loader: Loader | None
     scheduler: Any  # anything with step(), or None
 
 
@@ -122,15 +121,7 @@ def _check(
         config=config,
         optimizer=chosen,
         members=members,
-        granularity=granularity_of(chosen) if chosen is not None else Granularity.ELEMENT,
-        loader=make_loader(
-            training_data,
-            micro_batch=config.train_micro_batch_size_per_gpu or 1,
-            rank=comm.rank,
-            num_ranks=comm.size,
-            drop_last=config.dataloader_drop_last,
-            collate_fn=collate_fn,
-        ),
+        loader=_loader(training_data, config, collate_fn, comm),
         scheduler=_scheduler(lr_scheduler, config, chosen, comm),
     )
 
@@ -182,7 +173,7 @@ def _optimizer(model: nn.Module, optimizer: Any, model_parameters: Any, config: 
     trainable = [group for group in groups if isinstance(group, dict) or _tensor_of(group).requires_grad]
     if not trainable:
         raise ConfigError(f"optimizer.type: no parameter of the model is trainable, so {named.type!r} has none")
-    return build_optimizer(named.type, named.params, trainable)
+    return build_optimizer(named.type, named.params, trainable, model)
 
 
 def _tensor_of(named: Any) -> Any:  # a tensor, or a name and a tensor
@@ -191,6 +182,7 @@ def _tensor_of(named: Any) -> Any:  # a tensor, or a name and a tensor
 
 def _assign_groups(members: Sequence[Member], optimizer: Optimizer, comm: Comm) -> None:
     by_id = {id(held): member for member in members for held in (member.param, member.stand_in) if held is not None}
+    granularities = granularities_of(optimizer)
     for number, group in enumerate(optimizer.param_groups):
         for param in group["params"]:
             member = by_id.get(id(param))
@@ -201,7 +193,7 @@ def _assign_groups(members: Sequence[Member], optimizer: Optimizer, comm: Comm) 
                 )
             if member.group >= 0:
                 raise OptimizerError(f"{member.name!r} is in optimizer.param_groups {member.group} and {number}")
-            member.group = number
+            member.group, member.granularity = number, granularities[number]
     left = [member.name for member in members if member.param.requires_grad and member.group < 0]
     if left and comm.rank == 0:
         logger.warning("trainable but in no optimizer group, so they stay as they are: %s", ", ".join(left[:5]))
@@ -256,7 +248,6 @@ def _assemble(inputs: _Inputs) -> Engine:
             min_numel=zero.stage3_param_persistence_threshold,
             bucket_numel=zero.reduce_bucket_size,
         ),
-        granularity=inputs.granularity,
         overlap=zero.overlap_comm is not False,
         prefetch=zero.stage3_prefetch_bucket_size > 0,
     )
@@ -272,6 +263,7 @@ def _precision(config: Config) -> Precision:
         reduce=SHORT_DTYPES.get(config.communication_data_type or ""),
         accumulate=SHORT_DTYPES.get(config.data_types.grad_accum_dtype or ""),
         autocast=LONG_DTYPES.get(autocast.dtype or "", default) if autocast.enabled else None,
+        predivide=config.gradient_predivide_factor,
     )
 
 
@@ -287,6 +279,20 @@ def _scaler(config: Config, precision: Precision) -> LossScaler:
         hysteresis=fp16.hysteresis,
         consecutive_hysteresis=fp16.consecutive_hysteresis,
         minimum=fp16.min_loss_scale,
+    )
+
+
+def _loader(dataset: Any, config: Config, collate_fn: Callable[[list[Any]], Any] | None, comm: Comm) -> Loader | None:
+    if dataset is None:
+        return None
+    return make_loader(
+        dataset,
+        micro_batch=config.train_micro_batch_size_per_gpu or 1,
+        rank=comm.rank,
+        num_ranks=comm.size,
+        drop_last=config.dataloader_drop_last,
+        num_workers=config.zerolith.dataloader_workers,
+        collate_fn=collate_fn,
     )
 
 

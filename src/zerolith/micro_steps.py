@@ -6,11 +6,16 @@ from zerolith.errors import UsageError
 
 
 class MicroSteps:
-    """Where a run is within its gradient accumulation. Plain integers."""
+    """Where a run is within its gradient accumulation. Plain integers.
 
-    def __init__(self, per_step: int) -> None:
+    Unless `managed`, every step() updates and nobody knows beforehand which backward is the last.
+    """
+
+    def __init__(self, per_step: int, *, managed: bool = True) -> None:
         self.per_step = per_step
+        self.managed = managed
         self.total = 0  # backwards so far
+        self._origin = 0  # of them, before the accumulation was counted anew
         self.since_step = 0  # backwards since the last optimizer step
         self.after_backward = False  # a backward is over, and neither step() nor a forward nor another has begun
         self.asked = False  # step() has been called since the last backward
@@ -18,7 +23,20 @@ class MicroSteps:
 
     def is_boundary(self) -> bool:
         """Whether the micro-batch at hand, or the one just done, completes an optimizer step."""
-        return self._completes(self.total if self.after_backward else self.total + 1)
+        return not self.managed or self._completes(self.total if self.after_backward else self.total + 1)
+
+    def is_last(self) -> bool:
+        """Whether the backward that begins is known to be the step's last."""
+        return self.managed and self.is_boundary()
+
+    def count_anew(self, per_step: int) -> None:
+        """From now on `per_step` micro-batches make a step. Raises UsageError in the middle of one."""
+        if self.since_step:
+            raise UsageError(
+                f"{self.since_step} micro-batches wait for their step(); change the batch size after it, or drop them "
+                "with zero_grad()"
+            )
+        self.per_step, self._origin = per_step, self.total
 
     def forward_begun(self) -> None:
         self.after_backward = False
@@ -34,7 +52,7 @@ class MicroSteps:
     def take_step(self) -> bool:
         """Whether step() must update now. Raises UsageError if there is nothing to step with."""
         # Forwards may have run since the last backward; step() is about what that one left.
-        due = self._completes(self.total)
+        due = not self.managed or self._completes(self.total)
         if self.since_step == 0 or (self.asked and not self.manual):
             raise UsageError("step() without a backward since the last step(); call engine.backward(loss) first")
         self.asked = True
@@ -45,9 +63,9 @@ class MicroSteps:
 
     def drop(self) -> None:
         """Forget the micro-batches since the last step; the next one starts a new accumulation."""
-        self.total -= self.total % self.per_step if self.manual is None else 0
+        self._origin = self.total
         self.since_step = 0
         self.after_backward = False
 
     def _completes(self, number: int) -> bool:
-        return self.manual if self.manual is not None else number % self.per_step == 0
+        return self.manual if self.manual is not None else (number - self._origin) % self.per_step == 0

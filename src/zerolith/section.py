@@ -41,6 +41,7 @@ class Member:
     param: nn.Parameter
     homes: list[tuple[nn.Module, str]] = field(default_factory=list)
     group: int = -1  # index of its optimizer param group; -1 if no optimizer has it
+    granularity: Granularity = Granularity.ELEMENT  # what that group's optimizer needs to see of it
     whole: Callable[[], Tensor] | None = None  # for parameters that are sharded already: collective, the whole tensor
     stand_in: ShardedParameter | None = None  # what the model held instead of `param`, where it was sharded before
     wanted_grad: bool = True  # requires_grad when the engine was made
@@ -78,13 +79,12 @@ class Section:
         *,
         name: str,
         touch: Touch,
-        granularity: Granularity = Granularity.ELEMENT,
         owners: Sequence[int] = (),
     ) -> None:
         self.name = name
         self.members = list(members)
         self.plan = plan
-        self.granularity = granularity
+        self.granularity = members[0].granularity
         self.keeps_memory = False  # of `whole` while it is released: where it stands at the step's peak anyway
         self.trained = members[0].trained
         self.layout = plan_layout(

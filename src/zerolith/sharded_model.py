@@ -16,7 +16,7 @@ from zerolith.gradients import Gradients, Reducer
 from zerolith.hooks import Gatherer
 from zerolith.layout import assign_owners
 from zerolith.parameter import ShardedParameter, Touch, refuse
-from zerolith.section import Granularity, Member, Plan, Section
+from zerolith.section import Member, Plan, Section
 from zerolith.unit import Phase, Unit
 from zerolith.wrap import UnitPlan, WrapPolicy, plan_units, split_members
 
@@ -44,7 +44,6 @@ class ShardedModel:
         plan: Plan,
         policy: WrapPolicy,
         *,
-        granularity: Granularity,
         overlap: bool,
         prefetch: bool,
     ) -> None:
@@ -52,7 +51,6 @@ class ShardedModel:
         self.plan = plan
         self.comm: Comm = plan.comm
         self._loads = [0.0] * plan.comm.size  # of the owners of whole tensors
-        self._granularity = granularity
         plans = plan_units(model, members, policy)
         self.units = [self._make_unit(unit_plan, policy, is_root=unit_plan is plans[0]) for unit_plan in plans]
         self._places = {  # of parameters and their stand-ins, by id: their sections keep them alive
@@ -160,7 +158,6 @@ class ShardedModel:
                 self.plan,
                 name=f"{plan.name}[{number}]",
                 touch=touch,
-                granularity=self._granularity,
                 owners=assign_owners([member.param.shape for member in members], self._loads),
             )
             section.keeps_memory = is_root

@@ -33,7 +33,7 @@ class Status(nn.Module):
         self._settings = config
         self._sharded = sharded
         self._scaler = scaler
-        self._micro = MicroSteps(config.gradient_accumulation_steps or 1)
+        self._micro = MicroSteps(config.gradient_accumulation_steps or 1, managed=config.managed_gradient_accumulation)
         self._applied = False  # the last step() changed the weights
 
     def was_step_applied(self) -> bool:

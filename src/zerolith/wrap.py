@@ -73,13 +73,14 @@ def plan_units(model: nn.Module, members: Sequence[Member], policy: WrapPolicy) 
 
 
 def split_members(members: Sequence[Member], *, bucket_numel: int) -> Iterator[list[Member]]:
-    """Cut a unit's members into sections: one dtype, trained or frozen, ordered by param group, bounded in size.
+    """Cut a unit's members into sections, bounded in size and ordered by param group.
 
-    Large tensors stand alone, so that what autograd makes for them is a section's whole gradient.
+    A section has one dtype and granularity and is trained or frozen. Large tensors stand alone, so that what autograd
+    makes for them is a section's whole gradient.
     """
-    kinds: dict[tuple[str, bool], list[Member]] = {}
+    kinds: dict[tuple[object, ...], list[Member]] = {}
     for member in members:
-        kinds.setdefault((str(member.param.dtype), member.trained), []).append(member)
+        kinds.setdefault((member.param.dtype, member.trained, member.granularity), []).append(member)
     for kind in kinds.values():
         bucket: list[Member] = []
         for member in sorted(kind, key=lambda each: each.group):

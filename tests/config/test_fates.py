@@ -77,11 +77,7 @@ def test_keys_without_effect_leave_the_config_as_it_is(path):
 
 
 REFUSED = [
-    ("managed_gradient_accumulation", False),
     ("wall_clock_breakdown", True),
-    ("prescale_gradients", True),
-    ("gradient_predivide_factor", 2.0),
-    ("gradient_allreduce_op", "sum"),
     ("sequence_parallel_size", 2),
     ("fp16.fp16_master_weights_and_grads", True),
     ("bf16.immediate_grad_update", True),

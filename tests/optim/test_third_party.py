@@ -23,7 +23,7 @@ from plain import (
     train_plain,
 )
 from zerolith.errors import OptimizerError
-from zerolith.optim import granularity_of
+from zerolith.optim import granularities_of
 from zerolith.section import Granularity
 
 
@@ -130,32 +130,32 @@ def warming_up(optimizer: Optimizer) -> Optimizer:
 
 
 ELEMENT, TENSOR = Granularity.ELEMENT, Granularity.TENSOR
-FOUND: list[tuple[str, Callable[[], Optimizer], Granularity]] = [
-    ("element-wise", lambda: Lion(params()), ELEMENT),
-    ("a subclass of torch's AdamW", lambda: type("Mine", (torch.optim.AdamW,), {})(params()), ELEMENT),
-    ("tensor-wise", lambda: MatrixNormalised(params()), TENSOR),
-    ("tensor-wise with a tiny rate", lambda: MatrixNormalised(params(), lr=1e-12), TENSOR),
-    ("tensor-wise, warming up from 0", lambda: warming_up(MatrixNormalised(params())), TENSOR),
-    ("element-wise, warming up from 0", lambda: warming_up(Lion(params())), ELEMENT),
-    ("tensor-wise in the last group", lambda: hybrid({"whole": True}), TENSOR),
-    ("element-wise in both groups", lambda: hybrid({"lr": 0.5}), ELEMENT),
-    ("for matrices only", lambda: MatricesOnly([nn.Parameter(torch.zeros(4, 4))]), TENSOR),
+FOUND: list[tuple[str, Callable[[], Optimizer], list[Granularity]]] = [
+    ("element-wise", lambda: Lion(params()), [ELEMENT]),
+    ("a subclass of torch's AdamW", lambda: type("Mine", (torch.optim.AdamW,), {})(params()), [ELEMENT]),
+    ("tensor-wise", lambda: MatrixNormalised(params()), [TENSOR]),
+    ("tensor-wise with a tiny rate", lambda: MatrixNormalised(params(), lr=1e-12), [TENSOR]),
+    ("tensor-wise, warming up from 0", lambda: warming_up(MatrixNormalised(params())), [TENSOR]),
+    ("element-wise, warming up from 0", lambda: warming_up(Lion(params())), [ELEMENT]),
+    ("tensor-wise in the last group", lambda: hybrid({"whole": True}), [ELEMENT, TENSOR]),
+    ("element-wise in both groups", lambda: hybrid({"lr": 0.5}), [ELEMENT, ELEMENT]),
+    ("for matrices only", lambda: MatricesOnly([nn.Parameter(torch.zeros(4, 4))]), [TENSOR]),
     (
         "element-wise by its own word",
         lambda: type("Says", (MatrixNormalised,), {"granularity": "element"})(params()),
-        ELEMENT,
+        [ELEMENT],
     ),
     (
         "tensor-wise by its own word",
         lambda: type("Says", (GloballyClipped,), {"granularity": "tensor"})(params()),
-        TENSOR,
+        [TENSOR],
     ),
 ]
 
 
 @pytest.mark.parametrize(("make", "expected"), [row[1:] for row in FOUND], ids=[row[0] for row in FOUND])
 def test_what_an_optimizer_needs_is_found_out(make: Callable[[], Optimizer], expected: Granularity) -> None:
-    assert granularity_of(make()) is expected
+    assert granularities_of(make()) == expected
 
 
 def test_finding_out_leaves_the_optimizer_and_the_random_numbers_as_they_were() -> None:
@@ -164,7 +164,7 @@ def test_finding_out_leaves_the_optimizer_and_the_random_numbers_as_they_were() 
     optimizer.register_step_pre_hook(lambda *_: calls.append(1))
     weights = [param.detach().clone() for group in optimizer.param_groups for param in group["params"]]
     group, random = optimizer.param_groups[0], torch.get_rng_state()
-    granularity_of(optimizer)
+    granularities_of(optimizer)
     assert optimizer.param_groups[0] is group
     assert group["lr"] == 0.01
     assert not optimizer.state

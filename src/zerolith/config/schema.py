@@ -138,6 +138,7 @@ class Zerolith(Section):
     """What only zerolith knows."""
 
     unit_classes: Names = key((), "Class names whose instances each form a unit.")
+    dataloader_workers: CountOrZero = key(0, "Processes that fetch the batches of training_data ahead of their use.")
 
 
 class Config(Section):
@@ -146,6 +147,10 @@ class Config(Section):
     train_batch_size: Count | None = key(None, "Samples per optimizer step over all ranks.")
     train_micro_batch_size_per_gpu: Count | None = key(None, "Samples per rank in one forward and backward.")
     gradient_accumulation_steps: Count | None = key(None, "Micro-batches per rank in one optimizer step.")
+    managed_gradient_accumulation: bool = key(True, "Count micro-batches; if false, every step() updates.")
+    gradient_allreduce_op: Literal["mean", "sum"] = key("mean", "Whether gradients of ranks are averaged or added up.")
+    prescale_gradients: bool = key(False, "Divide gradients by gradient_predivide_factor before they travel.")
+    gradient_predivide_factor: float = key(1.0, "Divisor before the reduction; the rest is divided after it.", gt=0)
     gradient_clipping: float = key(1.0, "Scale gradients down to this global 2-norm; 0 does not clip.", ge=0)
     communication_data_type: ShortDtype | None = key(None, "Dtype of gradients on the wire; null is the compute dtype.")
     steps_per_print: StepsOrNever = key(None, "Optimizer steps between progress lines; null and Infinity print none.")
@@ -170,6 +175,12 @@ class Config(Section):
         chosen = [f"{mode}.enabled" for mode in modes if getattr(self, mode).enabled]
         if len(chosen) > 1:
             raise ValueError(f"{' and '.join(chosen)} are set together; a run has one precision, keep one")
+        return self
+
+    @model_validator(mode="after")
+    def _predivides_when_told(self) -> "Config":
+        if self.gradient_predivide_factor != 1.0 and not self.prescale_gradients:
+            raise ValueError("gradient_predivide_factor has an effect only with prescale_gradients: true")
         return self
 
     def model_post_init(self, context: Any) -> None:  # Any: pydantic's signature

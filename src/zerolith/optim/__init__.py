@@ -2,6 +2,6 @@
 
 from zerolith.optim.build import build_optimizer as build_optimizer, build_scheduler as build_scheduler
 from zerolith.optim.facade import ZeroOptimizer as ZeroOptimizer
-from zerolith.optim.granularity import granularity_of as granularity_of
+from zerolith.optim.granularity import granularities_of as granularities_of
 from zerolith.optim.norms import GradientFacts as GradientFacts, examine as examine
 from zerolith.optim.partitioned import PartitionedOptimizer as PartitionedOptimizer

@@ -1,4 +1,4 @@
-"""Optimizers and schedulers by their names in the config."""
+"""Optimizers and schedulers by their names in the config: ours, and all of torch's."""
 
 from __future__ import annotations
 
@@ -9,25 +9,32 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from zerolith.errors import ConfigError
+from zerolith.optim.lamb import Lamb
+from zerolith.optim.lion import Lion
+from zerolith.optim.lr import SCHEDULES
+from zerolith.optim.muon import Muon, split
 
 FUSED = ("Adam", "AdamW", "SGD", "Adagrad")  # torch has one fused pass for these, on CPU and CUDA
+OURS: dict[str, type[Optimizer]] = {"Lamb": Lamb, "Lion": Lion, "Muon": Muon}
 ADAM_ONLY = ("torch_adam", "adam_w_mode", "bias_correction")  # DeepSpeed's own parameters of Adam and AdamW
 
 
-def build_optimizer(kind: str, params: Mapping[str, Any], groups: Iterable[Any]) -> Optimizer:
-    """The torch optimizer named `kind` (any case) over `groups` (tensors or group dicts).
+def build_optimizer(kind: str, params: Mapping[str, Any], groups: Iterable[Any], model: nn.Module) -> Optimizer:
+    """The optimizer named `kind` (any case) over `groups` (tensors or group dicts) of `model`.
 
     As in DeepSpeed, "Adam" decouples the weight decay (AdamW) unless `adam_w_mode` is false, and neither decays
-    unless told. The fused implementation is used where torch has one. Raises ConfigError with the nearest right name.
+    unless told. The fused implementation is used where torch has one. Muon takes the hidden matrices and leaves the
+    rest to AdamW. Raises ConfigError with the nearest right name.
     """
-    known = _subclasses(Optimizer, torch.optim)
+    known = _subclasses(Optimizer, torch.optim) | OURS
     name = {name.lower(): name for name in known}.get(kind.lower())
     if name is None:
-        raise ConfigError(f"optimizer.type: {kind!r} is not an optimizer of torch.optim{_nearest(kind, known)}")
+        raise ConfigError(f"optimizer.type: {kind!r} is no optimizer of zerolith or torch.optim{_nearest(kind, known)}")
     options = dict(params)
     if name in ("Adam", "AdamW"):
         if not params.get("bias_correction", True):
@@ -39,14 +46,19 @@ def build_optimizer(kind: str, params: Mapping[str, Any], groups: Iterable[Any])
         options = {"weight_decay": 0.0} | {key: value for key, value in params.items() if key not in ADAM_ONLY}
     if name in FUSED and not {"fused", "foreach", "differentiable"} & options.keys():
         options["fused"] = True
-    return _construct(known[name], groups, options, "optimizer.params")
+    return _construct(known[name], split(model, groups) if name == "Muon" else groups, options, "optimizer.params")
 
 
 def build_scheduler(kind: str, params: Mapping[str, Any], optimizer: Optimizer) -> LRScheduler:
-    """The class `kind` of torch.optim.lr_scheduler over `optimizer`. Raises ConfigError with the nearest name."""
-    known = _subclasses(LRScheduler, torch.optim.lr_scheduler)
+    """The schedule `kind` over `optimizer`: DeepSpeed's, or a class of torch.optim.lr_scheduler.
+
+    Raises ConfigError with the nearest name.
+    """
+    known = _subclasses(LRScheduler, torch.optim.lr_scheduler) | SCHEDULES
     if kind not in known:
-        raise ConfigError(f"scheduler.type: {kind!r} is not in torch.optim.lr_scheduler{_nearest(kind, known)}")
+        raise ConfigError(
+            f"scheduler.type: {kind!r} is no schedule of zerolith or torch.optim.lr_scheduler{_nearest(kind, known)}"
+        )
     return _construct(known[kind], optimizer, params, "scheduler.params")
 
 

@@ -23,39 +23,43 @@ REFUSED = {
 TRIAL_LR = 0.1  # large enough that no step is lost in rounding; the client's may be 0 while it warms up
 
 
-def granularity_of(optimizer: Optimizer) -> Granularity:
-    """ELEMENT or TENSOR.
+def granularities_of(optimizer: Optimizer) -> list[Granularity]:
+    """ELEMENT or TENSOR, for each param group.
 
-    A class outside torch.optim may say so itself by an attribute `granularity = "tensor"` (or "element");
-    otherwise a few steps on small tensors, with the options of each param group, show it. Does not communicate.
-    Raises OptimizerError if the optimizer mixes different parameters, which no sharding can reproduce.
+    A class outside torch.optim may say so itself by an attribute `granularity = "tensor"` (or "element"), or by a
+    function of that name of a param group; otherwise a few steps on small tensors, with the options of the group,
+    show it. Does not communicate. Raises OptimizerError if the optimizer mixes different parameters, which no
+    sharding can reproduce.
     """
     kind = type(optimizer)
     if kind.__module__.startswith("torch.optim"):
         if kind.__name__ in REFUSED:
             raise OptimizerError(f"torch.optim.{kind.__name__} cannot be used: {REFUSED[kind.__name__]}")
         if kind.__name__ in ELEMENTWISE + WHOLE:
-            return Granularity.TENSOR if kind.__name__ in WHOLE else Granularity.ELEMENT
+            known = Granularity.TENSOR if kind.__name__ in WHOLE else Granularity.ELEMENT
+            return [known] * len(optimizer.param_groups)
     said = getattr(optimizer, "granularity", None)
     if said is not None:
-        try:
-            return Granularity(said)
-        except ValueError:
-            raise OptimizerError(f"{kind.__name__}.granularity is {said!r}; it must be 'element' or 'tensor'") from None
-    found = {_try_out(optimizer, options) for options in _distinct_options(optimizer)}
-    return Granularity.ELEMENT if found <= {Granularity.ELEMENT} else Granularity.TENSOR
-
-
-def _distinct_options(optimizer: Optimizer) -> list[dict[str, Any]]:  # any option of any optimizer
-    """The param groups' options, each combination once; learning rates do not count."""
-    found: dict[str, dict[str, Any]] = {}
+        return [_said(kind, said(group) if callable(said) else said) for group in optimizer.param_groups]
+    tried: dict[str, Granularity] = {}  # by the group's options, among which learning rates do not count
+    found = []
     for group in optimizer.param_groups:
         options = {name: value for name, value in group.items() if name not in ("params", "param_names")}
         lr = options.get("lr")
         if lr is not None:
             options["lr"] = torch.full_like(lr, TRIAL_LR) if isinstance(lr, Tensor) else TRIAL_LR
-        found.setdefault(repr({**options, "initial_lr": None, "lr": None}), options)
-    return list(found.values())
+        key = repr({**options, "initial_lr": None, "lr": None})
+        if key not in tried:
+            tried[key] = _try_out(optimizer, options)
+        found.append(tried[key])
+    return found
+
+
+def _said(kind: type, said: object) -> Granularity:
+    try:
+        return Granularity(said)
+    except ValueError:
+        raise OptimizerError(f"{kind.__name__}.granularity is {said!r}; it must be 'element' or 'tensor'") from None
 
 
 def _try_out(optimizer: Optimizer, options: Mapping[str, Any]) -> Granularity:

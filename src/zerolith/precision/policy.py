@@ -22,6 +22,7 @@ class Precision:
     reduce: torch.dtype | None = None
     accumulate: torch.dtype | None = None
     autocast: torch.dtype | None = None  # run forward under torch.autocast with this dtype
+    predivide: float = 1.0  # gradients travel divided by this, so that their sum fits the wire dtype
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return self.compute if self.compute is not None and dtype.is_floating_point else dtype
