@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -42,6 +42,7 @@ class Engine(Status):
         sharded: ShardedModel,
         scaler: LossScaler,
         optimizer: Optimizer | None,
+        handles: Sequence[Any] = (),  # what destroy() removes
     ) -> None:
         super().__init__(config, sharded, scaler)
         self.module = module
@@ -57,7 +58,7 @@ class Engine(Status):
         self._partitioned = PartitionedOptimizer(optimizer, sharded.gradients, sharded.comm) if optimizer else None
         self.basic_optimizer = optimizer
         sharded.reducer.before_first = _weakly(self, Engine._on_backward)
-        handles = [module.register_forward_hook(_weakly(self, Engine._watch_output))]
+        handles = [*handles, module.register_forward_hook(_weakly(self, Engine._watch_output))]
         if optimizer is not None:
             handles.append(optimizer.register_step_pre_hook(_weakly(self, Engine._refuse_outside)))
             self.optimizer = ZeroOptimizer(optimizer, step=self.step, zero_grad=self.zero_grad)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from zerolith.checkpointing import Checkpointed, Options, checkpoint_blocks, configure
 from zerolith.comm import TIMEOUT, Comm, agree, default_comm, handshake, init_distributed
 from zerolith.config import Config, load_config, resolve_batch
 from zerolith.data import Loader, make_loader
@@ -235,6 +236,13 @@ def _assemble(inputs: _Inputs) -> Engine:
     partitioning = Partitioning.from_stage(zero.stage, reproducible=config.reproducible)
     if comm.device.type == "cpu" and partitioning.params is REPLICATE:
         keep_freed_pages()  # who shards parameters wants memory more than time
+    activations = config.activation_checkpointing
+    checkpointed: list[Checkpointed] = []
+    if activations.policy != "none":
+        options = Options(selective=activations.policy == "selective", on_host=activations.cpu_checkpointing)
+        checkpointed = checkpoint_blocks(model, options=options, classes=activations.classes, every=activations.every)
+    elif activations.cpu_checkpointing:
+        configure(checkpoint_in_cpu=True)  # for models that call zerolith.checkpointing.checkpoint themselves
     leaves = zero.leaf_module
     sharded = ShardedModel(
         model,
@@ -251,7 +259,7 @@ def _assemble(inputs: _Inputs) -> Engine:
         overlap=zero.overlap_comm is not False,
         prefetch=zero.stage3_prefetch_bucket_size > 0,
     )
-    return Engine(model, config, sharded, _scaler(config, precision), inputs.optimizer)
+    return Engine(model, config, sharded, _scaler(config, precision), inputs.optimizer, checkpointed)
 
 
 def _precision(config: Config) -> Precision:

@@ -98,7 +98,6 @@ REFUSED = [
     ("flops_profiler.enabled", True),
     ("comms_logger.enabled", True),
     ("activation_checkpointing.partition_activations", True),
-    ("activation_checkpointing.cpu_checkpointing", True),
     ("data_efficiency.enabled", True),
     ("compile.deepcompile", True),
     ("checkpoint.writer", {"type": "FAST"}),

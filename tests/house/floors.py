@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("buffer", "redistribute", "parameter", "section"),  # 2: sharded storage
     ("unit", "schedule", "gradients", "wrap", "hooks", "sharded_model"),  # 3: the ZeRO mechanism
     ("optim",),  # 4: optimizers
-    ("zero",),  # 5: access to shards
+    ("zero", "checkpointing"),  # 5: what composes with units
     ("data", "observe", "micro_steps", "status", "engine", "initialize"),  # 6: the facade
     ("cli",),  # 7: clients of the facade
 )

@@ -134,6 +134,17 @@ class ZeroOptimization(Section):
     leaf_module: LeafModule = LeafModule()
 
 
+class ActivationCheckpointing(Section):
+    """What of a block's activations is computed again in backward."""
+
+    policy: Literal["none", "selective", "full"] = key(
+        "none", "Compute again: nothing, all but matrix products and attention, everything."
+    )
+    classes: Names = key((), "Class names of the blocks; none means the repeated modules of a container.")
+    every: Count = key(1, "Treat every k-th block so.")
+    cpu_checkpointing: bool = key(False, "Keep what checkpointed blocks keep in host memory.")
+
+
 class Zerolith(Section):
     """What only zerolith knows."""
 
@@ -164,6 +175,7 @@ class Config(Section):
     torch_autocast: TorchAutocast = TorchAutocast()
     data_types: DataTypes = DataTypes()
     zero_optimization: ZeroOptimization = ZeroOptimization()
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing()
     zerolith: Zerolith = Zerolith()
 
     _raw: Mapping[str, Any] = {}  # as the user gave it: any JSON
