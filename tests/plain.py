@@ -58,8 +58,8 @@ def make_batches(steps: int, samples: int, *, seed: int = 1) -> list[Batch]:
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-    """The mean over the batch, in fp32."""
-    return F.mse_loss(model(batch.x).float(), batch.y)
+    """The mean over the batch, in the dtype of its targets."""
+    return F.mse_loss(model(batch.x).to(batch.y.dtype), batch.y)
 
 
 def world_size() -> int:

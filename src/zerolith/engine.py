@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from zerolith.config import Config
 from zerolith.data import Loader, make_loader
 from zerolith.errors import UsageError
-from zerolith.observe import Summary, summarize
+from zerolith.observe import Summary, Watch, summarize
 from zerolith.optim import PartitionedOptimizer, ZeroOptimizer, examine
 from zerolith.precision import LossScaler
 from zerolith.sharded_model import ShardedModel
@@ -42,7 +42,8 @@ class Engine(Status):
         sharded: ShardedModel,
         scaler: LossScaler,
         optimizer: Optimizer | None,
-        handles: Sequence[Any] = (),  # what destroy() removes
+        watch: Watch,
+        handles: Sequence[Any],  # what destroy() removes
     ) -> None:
         super().__init__(config, sharded, scaler)
         self.module = module
@@ -58,7 +59,8 @@ class Engine(Status):
         self._partitioned = PartitionedOptimizer(optimizer, sharded.gradients, sharded.comm) if optimizer else None
         self.basic_optimizer = optimizer
         sharded.reducer.before_first = _weakly(self, Engine._on_backward)
-        handles = [*handles, module.register_forward_hook(_weakly(self, Engine._watch_output))]
+        self._watch = watch
+        handles = [*handles, watch, module.register_forward_hook(_weakly(self, Engine._watch_output))]
         if optimizer is not None:
             handles.append(optimizer.register_step_pre_hook(_weakly(self, Engine._refuse_outside)))
             self.optimizer = ZeroOptimizer(optimizer, step=self.step, zero_grad=self.zero_grad)
@@ -82,6 +84,7 @@ class Engine(Status):
             self._sharded.check_frozen()
         if self._settings.fp16.auto_cast and self._sharded.plan.precision.compute is not None:
             args, kwargs = torch.utils._pytree.tree_map_only(Tensor, self._cast, (args, kwargs))
+        self._watch.saw_inputs((args, kwargs))
         with self._autocast():
             return self.module(*args, **kwargs)
 
@@ -103,6 +106,7 @@ class Engine(Status):
         steps = self._micro.per_step
         # The mean over micro-batches is taken once, at the step. A loss that is divided already is multiplied back.
         scaled = loss * (self._scaler.scale * (1 if scale_wrt_gas else steps))
+        self._watch.saw_loss(loss if scale_wrt_gas else loss * steps)
         self._managed = True
         self._enter_backward()
         scaled.backward(retain_graph=retain_graph)
@@ -167,11 +171,16 @@ class Engine(Status):
         self._applied = not self.report.skipped
         self.global_steps += 1
         counted = self._micro.per_step if self._micro.managed else since_step
-        self.global_samples += self.train_batch_size() // self._micro.per_step * counted
+        new_samples = self.train_batch_size() // self._micro.per_step * counted
+        self.global_samples += new_samples
         self.skipped_steps += self.report.skipped
+        rate = float(self.get_lr()[0])  # that this step used
         if self._applied and self.lr_scheduler is not None:
             self.lr_scheduler.step(**(lr_kwargs or {}))
         self._print_progress(self.report)
+        numbers = {"lr": rate, "grad_norm": self.report.grad_norm, "loss_scale": self.report.loss_scale}
+        numbers["skipped_steps"] = self.skipped_steps
+        self._watch.stepped(numbers, samples=self.global_samples, new_samples=new_samples)
 
     @torch.no_grad()
     def _update(self, optimizer: PartitionedOptimizer) -> StepReport:

@@ -21,6 +21,7 @@ from zerolith.data import Loader, make_loader
 from zerolith.engine import Engine
 from zerolith.errors import ConfigError, OptimizerError, UsageError
 from zerolith.memory import keep_freed_pages
+from zerolith.observe import Watch, make_monitors
 from zerolith.optim import build_optimizer, build_scheduler, granularities_of
 from zerolith.parameter import ShardedParameter
 from zerolith.partitioning import REPLICATE, Partitioning
@@ -48,6 +49,7 @@ class _Inputs:
     members: list[Member]
     loader: Loader | None
     scheduler: Any  # anything with step(), or None
+    watch: Watch
 
 
 def initialize(
@@ -124,6 +126,7 @@ def _check(
         members=members,
         loader=_loader(training_data, config, collate_fn, comm),
         scheduler=_scheduler(lr_scheduler, config, chosen, comm),
+        watch=_watch(config, comm),
     )
 
 
@@ -259,7 +262,8 @@ def _assemble(inputs: _Inputs) -> Engine:
         overlap=zero.overlap_comm is not False,
         prefetch=zero.stage3_prefetch_bucket_size > 0,
     )
-    return Engine(model, config, sharded, _scaler(config, precision), inputs.optimizer, checkpointed)
+    scaler = _scaler(config, precision)
+    return Engine(model, config, sharded, scaler, inputs.optimizer, inputs.watch, checkpointed)
 
 
 def _precision(config: Config) -> Precision:
@@ -302,6 +306,11 @@ def _loader(dataset: Any, config: Config, collate_fn: Callable[[list[Any]], Any]
         num_workers=config.zerolith.dataloader_workers,
         collate_fn=collate_fn,
     )
+
+
+def _watch(config: Config, comm: Comm) -> Watch:
+    enabled = config.csv_monitor.enabled or config.tensorboard.enabled or config.wandb.enabled
+    return Watch(comm, lambda: make_monitors(config), enabled=enabled)
 
 
 def _scheduler(lr_scheduler: Any, config: Config, optimizer: Optimizer | None, comm: Comm) -> Any:

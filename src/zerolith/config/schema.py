@@ -145,6 +145,31 @@ class ActivationCheckpointing(Section):
     cpu_checkpointing: bool = key(False, "Keep what checkpointed blocks keep in host memory.")
 
 
+class TensorBoard(Section):
+    """TensorBoard events of each step, by rank 0."""
+
+    enabled: bool = key(False, "Write them.")
+    output_path: str = key("", "Folder of all jobs; empty means runs.")
+    job_name: str = key("DeepSpeedJobName", "Folder of this job in it.")
+
+
+class CsvMonitor(Section):
+    """CSV files of each step's numbers, by rank 0."""
+
+    enabled: bool = key(False, "Write them.")
+    output_path: str = key("", "Folder of all jobs; empty means runs.")
+    job_name: str = key("DeepSpeedJobName", "Folder of this job in it.")
+
+
+class Wandb(Section):
+    """A run of Weights & Biases, by rank 0; the environment variable WANDB_MODE=offline keeps it here."""
+
+    enabled: bool = key(False, "Write it.")
+    group: str | None = key(None, "Its group.")
+    team: str | None = key(None, "The team that it belongs to.")
+    project: str = key("deepspeed", "Its project.")
+
+
 class Zerolith(Section):
     """What only zerolith knows."""
 
@@ -176,6 +201,9 @@ class Config(Section):
     data_types: DataTypes = DataTypes()
     zero_optimization: ZeroOptimization = ZeroOptimization()
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing()
+    tensorboard: TensorBoard = TensorBoard()
+    csv_monitor: CsvMonitor = CsvMonitor()
+    wandb: Wandb = Wandb()
     zerolith: Zerolith = Zerolith()
 
     _raw: Mapping[str, Any] = {}  # as the user gave it: any JSON

@@ -1,0 +1,174 @@
+"""What is written for people to watch is what happened."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import zerolith
+from harness import run_ranks
+from models import start_engine, zero_config
+from zerolith.errors import ZerolithError
+
+SGD = {"type": "SGD", "params": {"lr": 0.5}}
+HALVED = {"type": "StepLR", "params": {"step_size": 1, "gamma": 0.5}}
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(8, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.table(tokens).square().mean()
+
+
+def train(folder: str, section: str, gas: int = 2, steps: int = 3) -> tuple[list[float], list[float]]:
+    """Losses of this rank's micro-batches and norms of the steps."""
+    torch.manual_seed(0)
+    written = {section: {"enabled": True, "output_path": folder, "job_name": "job"}}
+    config = zero_config(2, gradient_accumulation_steps=gas, optimizer=SGD, scheduler=HALVED, **written)
+    engine = start_engine(Tokens(), config)
+    losses, norms = [], []
+    for step in range(steps):
+        for micro in range(gas):
+            tokens = torch.full((4, 3), (step * gas + micro + engine.global_rank) % 8)
+            loss = engine(tokens)
+            engine.backward(loss)
+            losses.append(loss.item())
+        engine.step()
+        norms.append(engine.get_global_grad_norm())
+    engine.destroy()
+    return losses, norms
+
+
+def read_csv(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    found = {}
+    for path in folder.glob("*.csv"):
+        with path.open() as file:
+            head, *rows = list(csv.reader(file))
+        assert head == ["step", path.stem]
+        found[path.stem.removeprefix("Train_Samples_")] = [(int(at), float(value)) for at, value in rows]
+    return found
+
+
+def check(found: dict[str, list[tuple[int, float]]], results: list[tuple[list[float], list[float]]]) -> None:
+    samples = [16, 32, 48]
+    assert all([at for at, _ in rows] == samples for rows in found.values())
+    values = {name: [value for _, value in rows] for name, rows in found.items()}
+    (first, norms), (second, _) = results
+    means = [sum(first[step : step + 2] + second[step : step + 2]) / 4 for step in (0, 2, 4)]
+    assert values["train_loss"] == pytest.approx(means, rel=1e-5)
+    assert values["lr"] == pytest.approx([0.5, 0.25, 0.125])
+    assert values["grad_norm"] == pytest.approx(norms, rel=1e-5)
+    assert values["loss_scale"] == [1.0] * 3
+    assert values["skipped_steps"] == [0.0] * 3
+    assert all(value > 50 for value in values["memory_mb"])
+    ratios = [a / b for a, b in zip(values["tokens_per_second"], values["samples_per_second"], strict=True)]
+    assert ratios == pytest.approx([3.0] * 3, rel=1e-5)
+
+
+def test_csv_files_hold_every_step(tmp_path: Path) -> None:
+    results = run_ranks(2, train, str(tmp_path), "csv_monitor")
+    check(read_csv(tmp_path / "job"), results)
+    run_ranks(2, train, str(tmp_path), "csv_monitor", 1, 1)
+    assert len(read_csv(tmp_path / "job")["lr"]) == 4, "a later run goes on in the same files"
+
+
+def test_tensorboard_events_hold_every_step(tmp_path: Path) -> None:
+    results = run_ranks(2, train, str(tmp_path), "tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "job"))
+    events.Reload()
+    found = {
+        name.removeprefix("Train/Samples/"): [(event.step, event.value) for event in events.Scalars(name)]
+        for name in events.Tags()["scalars"]
+    }
+    check(found, results)
+
+
+def test_wandb_gets_every_step_on_one_rank(tmp_path: Path) -> None:
+    def body() -> list[Any]:
+        seen: list[Any] = []
+        run = types.SimpleNamespace(
+            log=lambda numbers, step: seen.append((step, sorted(numbers))), finish=lambda: seen.append("finished")
+        )
+        fake = types.SimpleNamespace(init=lambda **options: seen.append(options) or run)
+        sys.modules["wandb"] = fake  # type: ignore[assignment]
+        torch.manual_seed(0)
+        section = {"enabled": True, "project": "p", "group": "g", "team": "t"}
+        engine = start_engine(Tokens(), zero_config(1, optimizer=SGD, wandb=section))
+        engine.backward(engine(torch.ones(4, 3, dtype=torch.long)))
+        engine.step()
+        engine.destroy()
+        return seen
+
+    first, second = run_ranks(2, body)
+    assert second == []
+    assert first[0] == {"project": "p", "group": "g", "entity": "t"}
+    assert first[1][0] == 8
+    assert "Train/Samples/train_loss" in first[1][1]
+    assert first[2] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("section", "module"), [("tensorboard", "tensorboard"), ("wandb", "wandb"), ("csv_monitor", None)]
+)
+def test_what_cannot_be_written_is_said_on_every_rank(tmp_path: Path, section: str, module: str | None) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+
+    def body() -> str:
+        if module is not None:
+            for name in [name for name in sys.modules if name.split(".")[0] == module or "tensorboard" in name]:
+                sys.modules.pop(name)
+            sys.modules[module] = None  # type: ignore[assignment]
+        options = {"enabled": True} if section == "wandb" else {"enabled": True, "output_path": str(blocked)}
+        if section == "tensorboard":
+            options["output_path"] = str(tmp_path / "fine")
+        with pytest.raises(ZerolithError) as caught:
+            start_engine(Tokens(), zero_config(1, optimizer=SGD, **{section: options}))
+        return str(caught.value)
+
+    for message in run_ranks(2, body):
+        assert section in message
+
+
+def test_without_monitors_a_step_sends_nothing_more() -> None:
+    def body() -> tuple[int, int]:
+        counts = []
+        for enabled in (False, True):
+            section = {"enabled": enabled, "output_path": "/tmp", "job_name": "zerolith-test-job"}
+            engine = start_engine(Tokens(), zero_config(1, optimizer=SGD, csv_monitor=section))
+            calls: list[str] = []
+            original = engine._sharded.comm.sum
+            engine._sharded.comm.sum = lambda *a, _f=original, _c=calls, **k: _c.append(k["name"]) or _f(*a, **k)
+            engine._watch._comm = engine._sharded.comm
+            engine.backward(engine(torch.ones(4, 3, dtype=torch.long)))
+            engine.step()
+            counts.append(calls.count("monitors"))
+            engine.destroy()
+        return counts[0], counts[1]
+
+    assert run_ranks(2, body) == [(0, 1)] * 2
+
+
+def test_a_plain_backward_leaves_the_loss_out(tmp_path: Path) -> None:
+    section = {"enabled": True, "output_path": str(tmp_path), "job_name": "job"}
+    engine = zerolith.initialize(model=Tokens(), config=zero_config(0, optimizer=SGD, csv_monitor=section))[0]
+    engine(torch.ones(4, 3, dtype=torch.long)).backward()
+    engine.step()
+    engine.destroy()
+    names = set(read_csv(tmp_path / "job"))
+    assert "train_loss" not in names
+    assert {"lr", "grad_norm", "memory_mb"} <= names
+    assert json.dumps(sorted(names))
