@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint, create_selective_checkpoint_contexts
 
 from zerolith.errors import ConfigError
+from zerolith.forward import Forward
 
 _ATEN = torch.ops.aten
 # What costs much to compute and little to keep: with the policy "selective" their results stay.
@@ -97,7 +98,7 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def checkpoint_blocks(
     model: nn.Module, *, options: Options, classes: Sequence[str] = (), every: int = 1
-) -> list[Checkpointed]:
+) -> list[Forward]:
     """Checkpoint every `every`-th block of `model`; returns them, to be undone.
 
     Blocks are the instances of `classes` (names, with or without their module's), or, without classes, the modules of
@@ -109,19 +110,7 @@ def checkpoint_blocks(
         known = ", ".join(sorted({type(module).__name__ for module in model.modules()}))
         what = f"no module is a {' or '.join(classes)}" if classes else "the model has no container of equal blocks"
         raise ConfigError(f"activation_checkpointing.classes: {what}; choose among {known}")
-    return [Checkpointed(block, options) for block in blocks[::every]]
-
-
-class Checkpointed:
-    """A module whose forward is checkpointed, until `remove`."""
-
-    def __init__(self, module: nn.Module, options: Options) -> None:
-        self.module = module
-        module.forward = partial(_run, options, module.forward)  # an attribute of this instance
-
-    def remove(self) -> None:
-        """Give the module its own forward back."""
-        self.module.__dict__.pop("forward", None)
+    return [Forward(block, lambda forward: partial(_run, options, forward)) for block in blocks[::every]]
 
 
 def _run(options: Options, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -6,20 +6,22 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from zerolith.batches import Batches
 from zerolith.config import Config
-from zerolith.data import Loader, make_loader
 from zerolith.errors import UsageError
+from zerolith.forward import Forward
 from zerolith.observe import Summary, Watch, summarize
 from zerolith.optim import PartitionedOptimizer, ZeroOptimizer, examine
 from zerolith.precision import LossScaler
 from zerolith.sharded_model import ShardedModel
-from zerolith.status import Status, StepReport
+from zerolith.status import StepReport
 from zerolith.zero.marks import apply_remembered
 from zerolith.zero.owners import forget, register
 
@@ -28,7 +30,7 @@ logger = logging.getLogger("zerolith")
 CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
-class Engine(Status):
+class Engine(Batches):
     """Trains `module` with its states sharded over the data-parallel ranks.
 
     Every rank makes the same calls in the same order; forward, backward and step communicate. Unknown attributes
@@ -60,6 +62,7 @@ class Engine(Status):
         self.basic_optimizer = optimizer
         sharded.reducer.before_first = _weakly(self, Engine._on_backward)
         self._watch = watch
+        self._compiled: list[Forward] = []
         handles = [*handles, watch, module.register_forward_hook(_weakly(self, Engine._watch_output))]
         if optimizer is not None:
             handles.append(optimizer.register_step_pre_hook(_weakly(self, Engine._refuse_outside)))
@@ -105,8 +108,9 @@ class Engine(Status):
             raise UsageError("the loss does not depend on any trainable parameter (it has requires_grad=False)")
         steps = self._micro.per_step
         # The mean over micro-batches is taken once, at the step. A loss that is divided already is multiplied back.
-        scaled = loss * (self._scaler.scale * (1 if scale_wrt_gas else steps))
-        self._watch.saw_loss(loss if scale_wrt_gas else loss * steps)
+        whole = loss if scale_wrt_gas else loss * steps
+        scaled = whole * (self._scaler.scale * self._weight)
+        self._watch.saw_loss(whole * self._weight)
         self._managed = True
         self._enter_backward()
         scaled.backward(retain_graph=retain_graph)
@@ -210,32 +214,6 @@ class Engine(Status):
         self.optimizer.stepped(skipped=skip, loss_scale=self._scaler.scale)
         return StepReport(norm, skip, scale, facts.culprit)
 
-    def set_train_batch_size(self, train_batch_size: int) -> None:
-        """Change the samples per optimizer step by changing the number of micro-batches; the same on every rank.
-
-        Raises UsageError if it is no multiple of micro-batch times ranks, or in the middle of an accumulation.
-        """
-        piece = self.train_micro_batch_size_per_gpu() * self.dp_world_size
-        if train_batch_size < 1 or train_batch_size % piece:
-            raise UsageError(
-                f"set_train_batch_size({train_batch_size}): it must be a multiple of {piece}, the micro-batch times "
-                f"{self.dp_world_size} ranks"
-            )
-        self._resize(train_batch_size, self.train_micro_batch_size_per_gpu())
-
-    def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
-        """Change the samples per rank and micro-batch; the number of micro-batches stays. Loaders are not changed."""
-        if micro_batch_size < 1:
-            raise UsageError(f"set_train_micro_batch_size({micro_batch_size}): it must be at least 1")
-        piece = self.gradient_accumulation_steps() * self.dp_world_size
-        self._resize(micro_batch_size * piece, micro_batch_size)
-
-    def _resize(self, total: int, micro: int) -> None:
-        steps = total // (micro * self.dp_world_size)
-        self._micro.count_anew(steps)
-        sizes = {"train_batch_size": total, "train_micro_batch_size_per_gpu": micro}
-        self._settings = self._settings.model_copy(update={**sizes, "gradient_accumulation_steps": steps})
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop what has been accumulated since the last step. step() does so by itself."""
         self._check_alive()
@@ -253,28 +231,20 @@ class Engine(Status):
         self._sharded.reset()
         self._micro.drop()
 
-    def deepspeed_io(
-        self,
-        dataset: Any,
-        batch_size: int | None = None,
-        collate_fn: Callable[[list[Any]], Any] | None = None,
-        num_local_io_workers: int | None = None,
-        **options: Any,
-    ) -> Loader:
-        """A loader of this rank's micro-batches of `dataset`, such as one to validate with.
+    def compile(self, backend: Any = "inductor", compile_kwargs: Mapping[str, Any] | None = None, **_: Any) -> None:
+        """Compile the forward of every block (of the whole model, if it has none) by torch.compile.
 
-        By default in the configured micro-batch size. `options` are those of zerolith.data.make_loader: drop_last,
-        seed, shuffle, curriculum.
+        Hooks on blocks stay outside the graphs, so stages 0 to 3 go on giving the same bits as each other. `backend`
+        and `compile_kwargs` are torch.compile's; DeepSpeed's further arguments have no meaning here.
         """
-        return make_loader(
-            dataset,
-            micro_batch=batch_size or self.train_micro_batch_size_per_gpu(),
-            rank=self.global_rank,
-            num_ranks=self.world_size,
-            collate_fn=collate_fn,
-            num_workers=num_local_io_workers or 0,
-            **{"drop_last": self._settings.dataloader_drop_last, **options},
-        )
+        self._check_alive()
+        if not self._compiled:
+            options = {"backend": backend, **(compile_kwargs or {})}
+            self._compiled += [Forward(block, partial(torch.compile, **options)) for block in self._sharded.blocks]
+
+    @property
+    def is_compiled(self) -> bool:
+        return bool(self._compiled)
 
     # Its end
 
@@ -287,6 +257,8 @@ class Engine(Status):
         if not self._finalizer.alive:
             return
         self._sharded.detach()
+        for forward in reversed(self._compiled):
+            forward.remove()
         self._finalizer()
         self._partitioned = self.optimizer = self.basic_optimizer = self.lr_scheduler = None
         self.training_dataloader = None

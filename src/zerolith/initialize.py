@@ -14,12 +14,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from zerolith.checkpointing import Checkpointed, Options, checkpoint_blocks, configure
+from zerolith.checkpointing import Options, checkpoint_blocks, configure
 from zerolith.comm import TIMEOUT, Comm, agree, default_comm, handshake, init_distributed
 from zerolith.config import Config, load_config, resolve_batch
 from zerolith.data import Loader, make_loader
 from zerolith.engine import Engine
 from zerolith.errors import ConfigError, OptimizerError, UsageError
+from zerolith.forward import Forward
 from zerolith.memory import keep_freed_pages
 from zerolith.observe import Watch, make_monitors
 from zerolith.optim import build_optimizer, build_scheduler, granularities_of
@@ -240,7 +241,7 @@ def _assemble(inputs: _Inputs) -> Engine:
     if comm.device.type == "cpu" and partitioning.params is REPLICATE:
         keep_freed_pages()  # who shards parameters wants memory more than time
     activations = config.activation_checkpointing
-    checkpointed: list[Checkpointed] = []
+    checkpointed: list[Forward] = []
     if activations.policy != "none":
         options = Options(selective=activations.policy == "selective", on_host=activations.cpu_checkpointing)
         checkpointed = checkpoint_blocks(model, options=options, classes=activations.classes, every=activations.every)

@@ -68,6 +68,7 @@ class ShardedModel:
         ]
         self.reducer = Reducer(self.gradients, plan.comm, overlap=overlap)
         modules = [unit_plan.module for unit_plan in plans]
+        self.blocks = modules[1:] or modules  # what is computed at a time: the units' modules, or all
         self.gatherer = Gatherer(model, self.units, modules, prefetch=prefetch, when_done=self._reduces_done())
         self._handles = [*self._rest_for_state_dicts(), *self._drop_untrained_grads()]
         self._broadcast_buffers()

@@ -23,11 +23,11 @@ TOP = Path(__file__).parents[2] / "src" / "zerolith"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "layout", "partitioning", "config"),  # 0: pure
     ("comm", "memory", "precision"),  # 1: one process and its surroundings
-    ("buffer", "redistribute", "parameter", "section"),  # 2: sharded storage
+    ("forward", "buffer", "redistribute", "parameter", "section"),  # 2: sharded storage
     ("unit", "schedule", "gradients", "wrap", "hooks", "sharded_model"),  # 3: the ZeRO mechanism
     ("optim",),  # 4: optimizers
     ("zero", "checkpointing"),  # 5: what composes with units
-    ("data", "observe", "micro_steps", "status", "engine", "initialize"),  # 6: the facade
+    ("data", "observe", "micro_steps", "status", "batches", "engine", "initialize"),  # 6: the facade
     ("cli",),  # 7: clients of the facade
 )
 ROOF = ""  # the package's own __init__: the public names, from any part
