@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zerolith.batches import Batches
+from zerolith.comm import CommsLog
 from zerolith.config import Config
 from zerolith.errors import UsageError
 from zerolith.forward import Forward
-from zerolith.observe import Summary, Watch, summarize
+from zerolith.observe import Breakdown, Summary, Watch, summarize
 from zerolith.optim import PartitionedOptimizer, ZeroOptimizer, examine
 from zerolith.precision import LossScaler
 from zerolith.sharded_model import ShardedModel
@@ -63,6 +64,9 @@ class Engine(Batches):
         sharded.reducer.before_first = _weakly(self, Engine._on_backward)
         self._watch = watch
         self._compiled: list[Forward] = []
+        self._breakdown = Breakdown(sharded.comm, enabled=config.wall_clock_breakdown)
+        if config.comms_logger.enabled:
+            sharded.comm.log = sharded.comm.log or CommsLog()
         handles = [*handles, watch, module.register_forward_hook(_weakly(self, Engine._watch_output))]
         if optimizer is not None:
             handles.append(optimizer.register_step_pre_hook(_weakly(self, Engine._refuse_outside)))
@@ -88,7 +92,7 @@ class Engine(Batches):
         if self._settings.fp16.auto_cast and self._sharded.plan.precision.compute is not None:
             args, kwargs = torch.utils._pytree.tree_map_only(Tensor, self._cast, (args, kwargs))
         self._watch.saw_inputs((args, kwargs))
-        with self._autocast():
+        with self._breakdown.phase("forward"), self._autocast():
             return self.module(*args, **kwargs)
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
@@ -112,9 +116,10 @@ class Engine(Batches):
         scaled = whole * (self._scaler.scale * self._weight)
         self._watch.saw_loss(whole * self._weight)
         self._managed = True
-        self._enter_backward()
-        scaled.backward(retain_graph=retain_graph)
-        self._leave_backward()
+        with self._breakdown.phase("backward"):
+            self._enter_backward()
+            scaled.backward(retain_graph=retain_graph)
+            self._leave_backward()
         return loss / steps if scale_wrt_gas else loss
 
     def scale(self, loss: Tensor) -> Tensor:
@@ -171,7 +176,8 @@ class Engine(Batches):
         if not self._micro.take_step():
             self._applied = False
             return
-        self.report = self._update(self._partitioned)
+        with self._breakdown.phase("step"):
+            self.report = self._update(self._partitioned)
         self._applied = not self.report.skipped
         self.global_steps += 1
         counted = self._micro.per_step if self._micro.managed else since_step
@@ -242,6 +248,11 @@ class Engine(Batches):
             options = {"backend": backend, **(compile_kwargs or {})}
             self._compiled += [Forward(block, partial(torch.compile, **options)) for block in self._sharded.blocks]
 
+    def comms_summary(self) -> str:
+        """A table of this rank's collectives by operation and unit; empty unless comms_logger.enabled."""
+        log = self._sharded.comm.log
+        return log.table() if log is not None else ""
+
     @property
     def is_compiled(self) -> bool:
         return bool(self._compiled)
@@ -256,6 +267,8 @@ class Engine(Batches):
         """Give back all memory but the weights at rest. The model keeps its weights; at stage 3 they stay sharded."""
         if not self._finalizer.alive:
             return
+        if self._settings.comms_logger.enabled and self.global_rank == 0:
+            logger.info("%s", self.comms_summary())
         self._sharded.detach()
         for forward in reversed(self._compiled):
             forward.remove()
@@ -332,6 +345,10 @@ class Engine(Batches):
 
     def _print_progress(self, report: StepReport) -> None:
         every = self._settings.steps_per_print
+        if self._breakdown.enabled and self.global_steps % (every or 1) == 0:
+            if self.global_rank == 0:
+                logger.info("step %d: %s", self.global_steps, self._breakdown.line())
+            self._breakdown.restart()
         if every and self.global_rank == 0 and self.global_steps % every == 0:
             message = "step %d: lr %s, grad norm %.4g, skipped %d"
             rates = ", ".join(f"{lr:.3g}" for lr in self.get_lr())

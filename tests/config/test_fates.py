@@ -77,7 +77,6 @@ def test_keys_without_effect_leave_the_config_as_it_is(path):
 
 
 REFUSED = [
-    ("wall_clock_breakdown", True),
     ("sequence_parallel_size", 2),
     ("fp16.fp16_master_weights_and_grads", True),
     ("bf16.immediate_grad_update", True),
@@ -93,7 +92,6 @@ REFUSED = [
     ("hybrid_engine.enabled", True),
     ("comet.enabled", True),
     ("flops_profiler.enabled", True),
-    ("comms_logger.enabled", True),
     ("activation_checkpointing.partition_activations", True),
     ("data_efficiency.enabled", True),
     ("compile.deepcompile", True),

@@ -4,6 +4,7 @@ A Comm is one axis of ranks. It picks the fastest primitive of its backend, adds
 matter, counts bytes, and keeps a journal from which ranks learn that they issued the same collectives.
 """
 
+from zerolith.comm.clock import CommsLog as CommsLog, Timing as Timing
 from zerolith.comm.communicator import Comm as Comm, Pending as Pending, done as done
 from zerolith.comm.handshake import agree as agree, handshake as handshake
 from zerolith.comm.journal import Journal as Journal, Traffic as Traffic

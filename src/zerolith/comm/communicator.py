@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from zerolith.comm.clock import CommsLog
 from zerolith.comm.journal import Journal, Traffic
 from zerolith.comm.ordered import add_into
 from zerolith.comm.pool import KEPT_BYTES, Pool
@@ -27,14 +28,14 @@ class Pending(Protocol):
 
 class _Pending:
     def __init__(self, works: Sequence[Any], name: str, finish: Callable[[], None] | None = None) -> None:
-        self._works = works  # dist.Work objects; torch gives None for a collective that is done at once
+        # dist.Work objects; torch gives None for a collective that is done at once.
+        self.works = [work for work in works if work is not None]
         self._name = name
         self._finish = finish
 
     def wait(self) -> None:
-        for work in self._works:
-            if work is not None:
-                _guard(self._name, work.wait)
+        for work in self.works:
+            _guard(self._name, work.wait)
         if self._finish is not None:
             self._finish()
 
@@ -59,6 +60,7 @@ class Comm:
         self.traffic = Traffic()
         self.journal = Journal()
         self.pool = Pool()
+        self.log: CommsLog | None = None  # set by whoever wants to know how long collectives take
         self._gather = GATHER.get(self.backend, _gather_by_broadcast)
         self._reduce = _reduce_ordered if reproducible else REDUCE.get(self.backend, _reduce_ordered)
 
@@ -66,8 +68,8 @@ class Comm:
         """Fill `whole`, (size * n,), of which rank r has written elements [r*n, (r+1)*n)."""
         if self.size == 1:
             return done()
-        self._note(name, "all_gather", whole)
-        return self._gather(self, whole, name)
+        sent = self._note(name, "all_gather", whole)
+        return self._timed(self._gather(self, whole, name), "all_gather", name, sent)
 
     def reduce_scatter(self, whole: Tensor, into: Tensor, *, fresh: bool, name: str) -> Pending:
         """into (+)= the sum over ranks of their `whole`'s piece for this rank.
@@ -78,8 +80,8 @@ class Comm:
         if self.size == 1:
             add_into(into, [whole], fresh=fresh)
             return done()
-        self._note(name, "reduce_scatter", whole)
-        return self._reduce(self, whole, into, fresh, name)
+        sent = self._note(name, "reduce_scatter", whole)
+        return self._timed(self._reduce(self, whole, into, fresh, name), "reduce_scatter", name, sent)
 
     def all_to_all(self, out: Tensor, inp: Tensor, out_splits: list[int], in_splits: list[int], *, name: str) -> None:
         """Exchange ragged flat pieces: in_splits[r] elements go to rank r, out_splits[r] come from it."""
@@ -136,12 +138,14 @@ class Comm:
         _guard(name, dist.all_reduce, tensor, op=op, group=self.group)
         return tensor.tolist()
 
-    def _note(self, name: str, op: str, whole: Tensor) -> None:
+    def _note(self, name: str, op: str, whole: Tensor) -> int:
         self.journal.note(name, op, whole.numel(), whole.dtype)
-        self.traffic.add(op, whole.nbytes * (self.size - 1) // self.size)
+        sent = whole.nbytes * (self.size - 1) // self.size
+        self.traffic.add(op, sent)
+        return sent
 
-    def _global(self, rank: int) -> int:
-        return dist.get_global_rank(self.group, rank) if self.group is not None else rank
+    def _timed(self, pending: _Pending, op: str, name: str, sent: int) -> Pending:
+        return pending if self.log is None else self.log.watch(pending, pending.works, op=op, name=name, sent=sent)
 
 
 def _guard(name: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -159,20 +163,20 @@ def _piece(whole: Tensor, rank: int, size: int) -> Tensor:
     return whole[rank * numel : (rank + 1) * numel]
 
 
-def _gather_by_broadcast(comm: Comm, whole: Tensor, name: str) -> Pending:
+def _gather_by_broadcast(comm: Comm, whole: Tensor, name: str) -> _Pending:
     works = []
     for rank in range(comm.size):
         piece = _piece(whole, rank, comm.size)
-        works.append(_guard(name, dist.broadcast, piece, src=comm._global(rank), group=comm.group, async_op=True))
+        works.append(_guard(name, dist.broadcast, piece, group_src=rank, group=comm.group, async_op=True))
     return _Pending(works, name)
 
 
-def _gather_by_ring(comm: Comm, whole: Tensor, name: str) -> Pending:
+def _gather_by_ring(comm: Comm, whole: Tensor, name: str) -> _Pending:
     own = _piece(whole, comm.rank, comm.size)
     return _Pending([_guard(name, _ALL_GATHER, whole, own, group=comm.group, async_op=True)], name)
 
 
-def _reduce_ordered(comm: Comm, whole: Tensor, into: Tensor, fresh: bool, name: str) -> Pending:
+def _reduce_ordered(comm: Comm, whole: Tensor, into: Tensor, fresh: bool, name: str) -> _Pending:
     """Exchange the pieces and add them in rank order: the same bits whatever the placement, and 1x the bytes."""
     if whole.nbytes > KEPT_BYTES:
         return _reduce_in_turns(comm, whole, into, fresh, name)
@@ -186,12 +190,12 @@ def _reduce_ordered(comm: Comm, whole: Tensor, into: Tensor, fresh: bool, name: 
     return _Pending([work], name, finish)
 
 
-def _reduce_in_turns(comm: Comm, whole: Tensor, into: Tensor, fresh: bool, name: str) -> Pending:
+def _reduce_in_turns(comm: Comm, whole: Tensor, into: Tensor, fresh: bool, name: str) -> _Pending:
     """Reduce a bounded part of every piece at a time: scratch as large as `whole` would stand at a step's peak."""
     pieces = whole.view(comm.size, -1)
     width = KEPT_BYTES // (4 * comm.size * whole.element_size())
 
-    def turn(start: int) -> Pending:
+    def turn(start: int) -> _Pending:
         part = slice(start, start + width)
         return _reduce_ordered(comm, pieces[:, part].contiguous().view(-1), into[part], fresh, name)
 
@@ -205,7 +209,7 @@ def _reduce_in_turns(comm: Comm, whole: Tensor, into: Tensor, fresh: bool, name:
     return _Pending((), name, finish)
 
 
-def _reduce_by_ring(comm: Comm, whole: Tensor, into: Tensor, fresh: bool, name: str) -> Pending:
+def _reduce_by_ring(comm: Comm, whole: Tensor, into: Tensor, fresh: bool, name: str) -> _Pending:
     own = comm.pool.take(into.numel(), dtype=whole.dtype, device=whole.device)
     work = _guard(name, _REDUCE_SCATTER, own, whole, group=comm.group, async_op=True)
 
@@ -220,7 +224,7 @@ def _reduce_by_ring(comm: Comm, whole: Tensor, into: Tensor, fresh: bool, name: 
 _ALL_GATHER: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _REDUCE_SCATTER: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-_Gather = Callable[[Comm, Tensor, str], Pending]
-_Reduce = Callable[[Comm, Tensor, Tensor, bool, str], Pending]
+_Gather = Callable[[Comm, Tensor, str], _Pending]
+_Reduce = Callable[[Comm, Tensor, Tensor, bool, str], _Pending]
 GATHER: dict[str, _Gather] = {"nccl": _gather_by_ring, "gloo": _gather_by_broadcast}
 REDUCE: dict[str, _Reduce] = {"nccl": _reduce_by_ring, "gloo": _reduce_ordered}

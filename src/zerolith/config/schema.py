@@ -170,6 +170,12 @@ class Wandb(Section):
     project: str = key("deepspeed", "Its project.")
 
 
+class CommsLogger(Section):
+    """Counting and timing of collectives."""
+
+    enabled: bool = key(False, "Time every collective; rank 0 logs a table at the end.")
+
+
 class Zerolith(Section):
     """What only zerolith knows."""
 
@@ -190,6 +196,7 @@ class Config(Section):
     gradient_clipping: float = key(1.0, "Scale gradients down to this global 2-norm; 0 does not clip.", ge=0)
     communication_data_type: ShortDtype | None = key(None, "Dtype of gradients on the wire; null is the compute dtype.")
     steps_per_print: StepsOrNever = key(None, "Optimizer steps between progress lines; null and Infinity print none.")
+    wall_clock_breakdown: bool = key(False, "Time forward, backward, step and collectives; log them with each step.")
     dataloader_drop_last: bool = key(False, "Drop a last batch that is not full.")
     reproducible: bool = key(False, "The same bits at every stage and world size, at some cost in speed.")
     fingerprint_interval: CountOrZero = key(1, "Optimizer steps between checks that ranks communicate alike; 0 is off.")
@@ -204,6 +211,7 @@ class Config(Section):
     tensorboard: TensorBoard = TensorBoard()
     csv_monitor: CsvMonitor = CsvMonitor()
     wandb: Wandb = Wandb()
+    comms_logger: CommsLogger = CommsLogger()
     zerolith: Zerolith = Zerolith()
 
     _raw: Mapping[str, Any] = {}  # as the user gave it: any JSON
