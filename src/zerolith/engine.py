@@ -18,7 +18,7 @@ from zerolith.comm import CommsLog
 from zerolith.config import Config
 from zerolith.errors import UsageError
 from zerolith.forward import Forward
-from zerolith.observe import Breakdown, Summary, Watch, summarize
+from zerolith.observe import Phases, Summary, Watch, summarize
 from zerolith.optim import PartitionedOptimizer, ZeroOptimizer, examine
 from zerolith.precision import LossScaler
 from zerolith.sharded_model import ShardedModel
@@ -64,10 +64,10 @@ class Engine(Batches):
         sharded.reducer.before_first = _weakly(self, Engine._on_backward)
         self._watch = watch
         self._compiled: list[Forward] = []
-        self._breakdown = Breakdown(sharded.comm, enabled=config.wall_clock_breakdown)
+        self._phase = Phases(config, sharded.comm)
         if config.comms_logger.enabled:
             sharded.comm.log = sharded.comm.log or CommsLog()
-        handles = [*handles, watch, module.register_forward_hook(_weakly(self, Engine._watch_output))]
+        handles = [*handles, watch, self._phase, module.register_forward_hook(_weakly(self, Engine._watch_output))]
         if optimizer is not None:
             handles.append(optimizer.register_step_pre_hook(_weakly(self, Engine._refuse_outside)))
             self.optimizer = ZeroOptimizer(optimizer, step=self.step, zero_grad=self.zero_grad)
@@ -92,7 +92,7 @@ class Engine(Batches):
         if self._settings.fp16.auto_cast and self._sharded.plan.precision.compute is not None:
             args, kwargs = torch.utils._pytree.tree_map_only(Tensor, self._cast, (args, kwargs))
         self._watch.saw_inputs((args, kwargs))
-        with self._breakdown.phase("forward"), self._autocast():
+        with self._phase("forward"), self._autocast():
             return self.module(*args, **kwargs)
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
@@ -116,7 +116,7 @@ class Engine(Batches):
         scaled = whole * (self._scaler.scale * self._weight)
         self._watch.saw_loss(whole * self._weight)
         self._managed = True
-        with self._breakdown.phase("backward"):
+        with self._phase("backward"):
             self._enter_backward()
             scaled.backward(retain_graph=retain_graph)
             self._leave_backward()
@@ -176,7 +176,7 @@ class Engine(Batches):
         if not self._micro.take_step():
             self._applied = False
             return
-        with self._breakdown.phase("step"):
+        with self._phase("step"):
             self.report = self._update(self._partitioned)
         self._applied = not self.report.skipped
         self.global_steps += 1
@@ -188,6 +188,7 @@ class Engine(Batches):
         if self._applied and self.lr_scheduler is not None:
             self.lr_scheduler.step(**(lr_kwargs or {}))
         self._print_progress(self.report)
+        self._phase.stepped(self.global_steps)
         numbers = {"lr": rate, "grad_norm": self.report.grad_norm, "loss_scale": self.report.loss_scale}
         numbers["skipped_steps"] = self.skipped_steps
         self._watch.stepped(numbers, samples=self.global_samples, new_samples=new_samples)
@@ -345,10 +346,6 @@ class Engine(Batches):
 
     def _print_progress(self, report: StepReport) -> None:
         every = self._settings.steps_per_print
-        if self._breakdown.enabled and self.global_steps % (every or 1) == 0:
-            if self.global_rank == 0:
-                logger.info("step %d: %s", self.global_steps, self._breakdown.line())
-            self._breakdown.restart()
         if every and self.global_rank == 0 and self.global_steps % every == 0:
             message = "step %d: lr %s, grad norm %.4g, skipped %d"
             rates = ", ".join(f"{lr:.3g}" for lr in self.get_lr())

@@ -91,7 +91,6 @@ REFUSED = [
     ("zero_optimization.zero_quantized_gradients", True),
     ("hybrid_engine.enabled", True),
     ("comet.enabled", True),
-    ("flops_profiler.enabled", True),
     ("activation_checkpointing.partition_activations", True),
     ("data_efficiency.enabled", True),
     ("compile.deepcompile", True),

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import time
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from harness import run_ranks
 from models import make_gpt, start_engine, token_batches, zero_config
 from zerolith.comm import CommsLog, default_comm
 from zerolith.comm.clock import Timing
+from zerolith.errors import ConfigError
 
 
 class Slow:
@@ -128,9 +133,85 @@ def test_nothing_is_timed_unless_asked_for() -> None:
         steps(engine, 1)
         assert engine._sharded.comm.log is None
         assert engine.comms_summary() == ""
-        assert engine._breakdown.line() == ""
+        assert engine._phase._watchers == []
         comm = default_comm()
         whole = torch.ones(2 * comm.size)
         assert type(comm.all_gather(whole, name="x")).__name__ == "_Pending"
 
     run_ranks(2, body)
+
+
+# --- operations, traces -----------------------------------------------------------------------------
+
+TOKENS, WIDTH = 8, 16
+
+
+class Line(nn.Module):
+    """Two layers: 2 * tokens * width * width operations each in forward, and twice that in backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).square().mean()
+
+
+PER_LAYER = 2 * TOKENS * WIDTH * WIDTH
+# The gradient of the first layer's input is not wanted.
+FLOPS = {"forward": 2 * PER_LAYER, "backward": 3 * PER_LAYER}
+
+
+def counted(stage: int, path: str) -> tuple[dict[str, int], str]:
+    settings = {"enabled": True, "profile_step": 2, "output_file": path}
+    config = zero_config(stage, gradient_accumulation_steps=2, flops_profiler=settings, zerolith={"peak_tflops": 1e-3})
+    engine = start_engine(Line(), config)
+    (count,) = engine._phase._watchers
+    for _ in range(3 * 2):
+        engine.backward(engine(torch.ones(TOKENS, WIDTH)))
+        engine.step()
+    engine.destroy()
+    return dict(count._flops), count.report
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_operations_of_one_step_are_those_of_its_matrix_products(stage: int, tmp_path: Path) -> None:
+    path = tmp_path / "flops.txt"
+    for flops, report in run_ranks(2, counted, stage, str(path)):
+        assert flops == {name: 2 * count for name, count in FLOPS.items()}, "two micro-batches"
+        assert report.startswith("step 2: ")
+        assert "% of 0.001 TFLOP/s" in report
+    text = path.read_text()
+    assert "forward" in text
+    assert "aten.mm" in text
+
+
+def traced(folder: str, leave_early: bool) -> None:
+    trace = {"first_step": 2, "last_step": 9 if leave_early else 3, "folder": folder}
+    engine = start_engine(Line(), zero_config(1, zerolith={"trace": trace}))
+    for _ in range(4):
+        engine.backward(engine(torch.ones(TOKENS, WIDTH)))
+        engine.step()
+    engine.destroy()
+
+
+@pytest.mark.parametrize("leave_early", [False, True])
+def test_a_trace_holds_the_steps_that_were_asked_for(tmp_path: Path, leave_early: bool) -> None:
+    run_ranks(2, traced, str(tmp_path / "trace"), leave_early)
+    for rank in range(2):
+        events = json.loads((tmp_path / "trace" / f"rank{rank}.json").read_text())["traceEvents"]
+        names = [event.get("name") for event in events if event.get("cat") == "user_annotation"]
+        phases = Counter(name for name in names if str(name).startswith("zerolith"))
+        assert phases == {f"zerolith {phase}": 3 if leave_early else 2 for phase in ("forward", "backward", "step")}
+
+
+def test_a_trace_of_the_first_step_and_a_wrong_folder(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"trace": {"first_step": 1, "folder": str(tmp_path)}}
+    engine = start_engine(Line(), zero_config(0, zerolith=settings))
+    engine.backward(engine(torch.ones(TOKENS, WIDTH)))
+    engine.step()
+    assert (tmp_path / "rank0.json").exists()
+    (tmp_path / "file").write_text("")
+    settings["trace"]["folder"] = str(tmp_path / "file" / "inside")
+    with pytest.raises(ConfigError, match=r"zerolith.trace.folder"):
+        start_engine(Line(), zero_config(0, zerolith=settings))

@@ -9,4 +9,9 @@ from zerolith.config.keys import (
     Key as Key,
 )
 from zerolith.config.load import load_config as load_config
-from zerolith.config.schema import Config as Config, Note as Note
+from zerolith.config.schema import (
+    Config as Config,
+    FlopsProfiler as FlopsProfiler,
+    Note as Note,
+    TraceSteps as TraceSteps,
+)

@@ -176,8 +176,29 @@ class CommsLogger(Section):
     enabled: bool = key(False, "Time every collective; rank 0 logs a table at the end.")
 
 
+class FlopsProfiler(Section):
+    """Counting a step's floating-point operations."""
+
+    enabled: bool = key(False, "Count those of one step, and log them with the speed of the next.")
+    profile_step: Count = key(1, "Which optimizer step, counted from 1.")
+    module_depth: int = key(-1, "How deep into the modules the table goes; -1 is all the way.", ge=-1)
+    detailed: bool = key(True, "Add the table by module.")
+    output_file: str | None = key(None, "File for the table; null logs it.")
+
+
+class TraceSteps(Section):
+    """A trace of some optimizer steps, counted from 1, by torch's profiler."""
+
+    first_step: Count | None = key(None, "The first; null traces nothing.")
+    last_step: Count | None = key(None, "The last; null is the first.")
+    folder: str = key("runs/trace", "Where each rank writes its file.")
+
+
 class Zerolith(Section):
     """What only zerolith knows."""
+
+    trace: TraceSteps = TraceSteps()
+    peak_tflops: float | None = key(None, "TFLOP/s that a device can make at most; null looks its name up.", gt=0)
 
     unit_classes: Names = key((), "Class names whose instances each form a unit.")
     dataloader_workers: CountOrZero = key(0, "Processes that fetch the batches of training_data ahead of their use.")
@@ -212,6 +233,7 @@ class Config(Section):
     csv_monitor: CsvMonitor = CsvMonitor()
     wandb: Wandb = Wandb()
     comms_logger: CommsLogger = CommsLogger()
+    flops_profiler: FlopsProfiler = FlopsProfiler()
     zerolith: Zerolith = Zerolith()
 
     _raw: Mapping[str, Any] = {}  # as the user gave it: any JSON

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -11,47 +12,46 @@ import torch
 
 from zerolith.comm import Comm, CommsLog, Timing
 
+logger = logging.getLogger("zerolith")
 SHORT = {"all_gather": "gather", "reduce_scatter": "reduce"}
 
 
 class Breakdown:
-    """Sums up the seconds of phases until `restart`. On a GPU a phase ends when the device is done with it."""
+    """Logs the seconds of each phase on rank 0, every `every` steps. On a GPU it waits for the device at their ends."""
 
-    def __init__(self, comm: Comm, *, enabled: bool) -> None:
-        self.enabled = enabled
+    def __init__(self, comm: Comm, *, every: int) -> None:
         self._comm = comm
+        self._every = every
         self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._before: dict[str, Timing] = {}  # what the log of collectives held at the restart
-        if enabled and comm.log is None:
-            comm.log = CommsLog()
+        self._log = comm.log = comm.log or CommsLog()
+        self._before: dict[str, Timing] = {}  # what the log of collectives held when the last line was written
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time what is done in here."""
-        if not self.enabled:
-            yield
-            return
         start = self._now()
         try:
             yield
         finally:
             self._seconds[name] += self._now() - start
 
-    def line(self) -> str:
-        """What was timed since `restart`, in milliseconds."""
+    def stepped(self, done: int) -> None:
+        """Tell what was timed since the last line, in milliseconds, and begin anew."""
+        if done % self._every:
+            return
         parts = [f"{name} {1e3 * seconds:.2f} ms" for name, seconds in self._seconds.items()]
-        if self._comm.log is not None:
-            for op, timing in sorted(self._comm.log.by_op().items()):
-                before = self._before.get(op, Timing())
-                busy, hidden = timing.busy - before.busy, timing.hidden - before.hidden
-                parts.append(f"{SHORT.get(op, op)} {1e3 * busy:.2f} ms ({1e3 * hidden:.2f} hidden)")
-        return ", ".join(parts)
-
-    def restart(self) -> None:
-        """Begin anew; the log of collectives goes on."""
+        after = self._log.by_op()
+        for op, timing in sorted(after.items()):
+            before = self._before.get(op, Timing())
+            busy, hidden = timing.busy - before.busy, timing.hidden - before.hidden
+            parts.append(f"{SHORT.get(op, op)} {1e3 * busy:.2f} ms ({1e3 * hidden:.2f} hidden)")
+        if self._comm.rank == 0:
+            logger.info("step %d: %s", done, ", ".join(parts))
         self._seconds.clear()
-        if self._comm.log is not None:
-            self._before = self._comm.log.by_op()
+        self._before = after
+
+    def remove(self) -> None:
+        pass
 
     def _now(self) -> float:
         if self._comm.device.type == "cuda":
