@@ -109,7 +109,8 @@ def live_bytes() -> int:
     time.sleep(0.1)  # gloo's threads let go of what they have sent a moment after the collective is done
     storages = {}
     for item in gc.get_objects():
-        if isinstance(item, Tensor) and not isinstance(item, ShardedParameter):
+        # Not isinstance: it asks a dead weak proxy, of which torch's compiler leaves some, what it is.
+        if issubclass(type(item), Tensor) and not issubclass(type(item), ShardedParameter):
             storage = item.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
