@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from zerolith.optim.closure import evaluated
+
 
 class Lamb(Optimizer):
     """u = m^ / (sqrt(v^) + eps) + weight_decay p;  p -= lr clamp(|p| / |u|, min_coeff, max_coeff) u.
@@ -43,10 +45,7 @@ class Lamb(Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """One step; returns what `closure` returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:

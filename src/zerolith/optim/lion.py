@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from zerolith.optim.closure import evaluated
+
 
 class Lion(Optimizer):
     """u = sign(b1 m + (1 - b1) g);  p -= lr (u + weight_decay p);  m = b2 m + (1 - b2) g.
@@ -33,10 +35,7 @@ class Lion(Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """One step; returns what `closure` returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
             self._step_group(group)
         return loss

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from zerolith.optim.closure import evaluated
+
 NOT_HIDDEN = ("embed", "lm_head")  # in the name of a matrix: it maps from or to the vocabulary
 
 
@@ -60,10 +62,7 @@ class Muon(Optimizer):
 
     def step(self, closure: Any = None) -> Any:
         """One step; returns what `closure` returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for use_muon, part in self._parts.items():
             # Again each time: loading a state dict makes new ones.
             part.param_groups, part.state = self._groups(use_muon), self.state
