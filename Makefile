@@ -26,7 +26,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test unit lint format types docs-check demo clean FORCE
+.PHONY: help venv test unit lint format types docs docs-check demo clean FORCE
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -51,6 +51,11 @@ types: $(READY) ## Check the types
 
 docs-check: $(READY) ## Check that the links of the documents lead somewhere
 	$(BIN)/python -m pytest -q tests/house/test_docs.py
+
+docs: $(READY) ## Build the documents into build/docs
+	$(BIN)/python -m pip install -q -r requirements/docs.txt
+	$(BIN)/python -m sphinx -q -W -b html docs build/docs
+	@echo 'build/docs/index.html'
 
 demo: $(READY) ## Train a small GPT with ZeRO-3 in bf16
 	$(BIN)/torchrun --standalone --nproc-per-node \

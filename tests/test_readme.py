@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 from pathlib import Path
 
@@ -30,3 +32,19 @@ def test_the_examples_run(page: str, world: int) -> None:
 
 def test_both_readmes_show_the_same_example() -> None:
     assert python_blocks("README.md") == python_blocks("README.zh.md")
+
+
+def printed_by(source: str) -> str:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        run_block(source)
+    return out.getvalue()
+
+
+def test_the_tutorial_prints_what_it_says() -> None:
+    text = (ROOT / "docs/tutorial.md").read_text()
+    pairs = re.findall(r"```python\n(.*?)```(.*?)```output\n(.*?)```", text, flags=re.DOTALL)
+    assert len(pairs) == 5
+    for source, between, output in pairs:
+        world = 2 if "On two ranks" in between else 1
+        assert run_ranks(world, printed_by, source)[0] == output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -34,3 +35,23 @@ def test_a_broken_link_is_found(tmp_path: Path) -> None:
         "`hooks[i](module)`\n```python\ntable[phase](unit)\n```\n[f](gone/too.md#part 'title')\n"
     )
     assert broken_links(page) == ["gone.png", "gone/too.md"]
+
+
+def literals() -> list[str]:
+    """Every piece of text in the sources, as Python joins it."""
+    found = []
+    for path in (REPOSITORY / "src").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        found += [
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+    return found
+
+
+def test_the_errors_of_the_faq_are_those_of_the_sources() -> None:
+    messages = re.findall(r"^\*\*`(.+?)`\*\*", (REPOSITORY / "docs/faq.md").read_text(), flags=re.MULTILINE)
+    assert len(messages) > 10
+    known = literals()
+    for message in messages:
+        for part in filter(None, (part.strip() for part in message.split("..."))):
+            assert any(part in literal for literal in known), part
