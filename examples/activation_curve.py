@@ -83,12 +83,12 @@ def draw(rows: list[Row], path: Path) -> None:
 
     figure, panel = pyplot.subplots(figsize=(7, 4))
     for row in rows:
-        panel.scatter(row.kept_mb, row.ms)
-        panel.annotate(row.policy, (row.kept_mb, row.ms), textcoords="offset points", xytext=(6, 4))
+        panel.scatter(row.kept_mb, row.ms, label=row.policy)
+    panel.legend(loc="lower right")
     panel.set_xlabel("activations kept for backward, MB")
     panel.set_ylabel("ms per step")
-    panel.set_xlim(left=0)
-    panel.set_ylim(bottom=0)
+    panel.set_xlim(0, 1.1 * max(row.kept_mb for row in rows))
+    panel.set_ylim(0, 1.1 * max(row.ms for row in rows))
     panel.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
