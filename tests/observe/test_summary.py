@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
 from harness import run_ranks
-from models import make_gpt, start_engine, zero_config
+from models import make_gpt, start_engine, token_batches, zero_config
 from zerolith.observe import Summary
 
 
@@ -31,6 +32,35 @@ def test_bytes_at_rest_are_those_of_the_theory_and_little_padding() -> None:
         summary, numel = run_ranks(2, summary_of, stage, half)[1]
         for (kind, count), each in zip(summary.bytes_per_rank.items(), expected, strict=True):
             assert each * numel <= count <= 1.15 * each * numel, (stage, half, kind)
+
+
+def optimizer_bytes(kind: str, world_stage: int) -> tuple[int, int, int]:
+    """Planned, and what the optimizer's states and masters take after a step; bytes of this rank's shards."""
+    torch.manual_seed(0)
+    engine = start_engine(make_gpt(), zero_config(world_stage, optimizer={"type": kind, "params": {"lr": 1e-3}}))
+    engine.backward(engine(token_batches(1, 8)[0].chunk(engine.world_size)[engine.global_rank]))
+    engine.step()
+    states = engine.optimizer.state.values()
+    held = sum(value.nbytes for state in states for value in state.values() if value.ndim)
+    masters = sum(
+        sum(master.nbytes for master in section.masters.values())
+        if section.main is None
+        else 0
+        if section.main.shares_memory_with(section.weights)
+        else section.main.data.nbytes
+        for section in engine._sharded.sections
+    )
+    shard = sum(section.layout.shard_numel * 4 for section in engine._sharded.sections)
+    return engine.summary().bytes_per_rank["optimizer"], held + masters, shard
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "SGD", "Lion", "Lamb", "Muon"])
+def test_optimizer_bytes_are_those_of_its_states(kind: str) -> None:
+    for planned, held, shard in run_ranks(2, optimizer_bytes, kind, 2):
+        if kind == "SGD":  # counted as with momentum, which comes at the first step
+            assert (planned, held) == (shard, 0)
+        else:
+            assert planned == pytest.approx(held, rel=0.1)
 
 
 def test_the_text_names_ranks_and_units_and_folds_equal_blocks() -> None:

@@ -7,9 +7,11 @@ from itertools import groupby
 
 from zerolith.optim import PartitionedOptimizer
 from zerolith.partitioning import REPLICATE, SHARD
+from zerolith.section import Granularity
 from zerolith.sharded_model import ShardedModel
 
-STATES = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "Adadelta": 2, "RMSprop": 1, "SGD": 1}
+# Numbers that an optimizer keeps per element; 1 where none is given.
+STATES = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "Adadelta": 2, "Lamb": 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +56,9 @@ def _bytes_at_rest(sharded: ShardedModel, kind: str) -> dict[str, int]:
         counts["gradients"] += section.grads.data.nbytes
         masters = list(section.masters.values()) if section.main is None else [section.main.data]
         lies_apart = section.main is None or not section.main.shares_memory_with(section.weights)
-        counts["optimizer"] += (STATES.get(kind, 1) + int(lies_apart)) * sum(master.nbytes for master in masters)
+        is_aux = kind == "Muon" and section.granularity is Granularity.ELEMENT  # which AdamW steps
+        states = STATES["AdamW"] if is_aux else STATES.get(kind, 1)
+        counts["optimizer"] += (states + int(lies_apart)) * sum(master.nbytes for master in masters)
     return counts
 
 
