@@ -152,7 +152,8 @@ def test_the_host_holds_a_copy_and_backward_the_same_gradients() -> None:
         finally:
             torch.autograd.graph.save_on_cpu = original
         gradients.append([param.grad for param in model.parameters()])
-    assert len(saved) == LAYERS, "each block's input, and nothing from inside"
+    filled = [tensor for tensor in saved if tensor.numel()]  # torch 2.11 saves an empty one beside each
+    assert len(filled) == LAYERS, "each block's input, and nothing from inside"
     assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True))
 
 
