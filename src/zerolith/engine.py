@@ -114,7 +114,7 @@ class Engine(Batches):
         # The mean over micro-batches is taken once, at the step. A loss that is divided already is multiplied back.
         whole = loss if scale_wrt_gas else loss * steps
         scaled = whole * (self._scaler.scale * self._weight)
-        self._watch.saw_loss(whole * self._weight)
+        self._watch.saw_loss(whole, weight=self._weight)
         self._managed = True
         with self._phase("backward"):
             self._enter_backward()
@@ -238,11 +238,11 @@ class Engine(Batches):
         self._sharded.reset()
         self._micro.drop()
 
-    def compile(self, backend: Any = "inductor", compile_kwargs: Mapping[str, Any] | None = None, **_: Any) -> None:
+    def compile(self, backend: Any = "inductor", compile_kwargs: Mapping[str, Any] | None = None) -> None:
         """Compile the forward of every block (of the whole model, if it has none) by torch.compile.
 
         Hooks on blocks stay outside the graphs, so stages 0 to 3 go on giving the same bits as each other. `backend`
-        and `compile_kwargs` are torch.compile's; DeepSpeed's further arguments have no meaning here.
+        and `compile_kwargs` are torch.compile's.
         """
         self._check_alive()
         if not self._compiled:

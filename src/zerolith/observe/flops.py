@@ -18,7 +18,7 @@ from zerolith.errors import UsageError
 
 logger = logging.getLogger("zerolith")
 # Dense bf16 TFLOP/s of a whole device, from its vendor's data sheet, by a part of its name.
-PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "A10G": 70.0, "V100": 125.0}
+PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "A10G": 70.0}
 
 
 class FlopsCount:

@@ -37,10 +37,10 @@ class Watch:
             first = next(integers, None)
             self._tokens += first.numel() if first is not None else 0
 
-    def saw_loss(self, loss: Tensor) -> None:
-        """Remember a micro-batch's loss. Does not wait for the device."""
+    def saw_loss(self, loss: Tensor, *, weight: float) -> None:
+        """Remember a micro-batch's loss times its weight. Does not wait for the device."""
         if self.enabled:
-            self._losses.append(loss.detach().float().reshape(()))
+            self._losses.append(loss.detach().float().reshape(()) * weight)
 
     def stepped(self, numbers: Mapping[str, float], *, samples: int, new_samples: int) -> None:
         """Write down a step. Collective over all ranks where there are monitors."""
