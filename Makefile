@@ -33,7 +33,7 @@ help: ## List the targets
 
 venv: $(READY) ## Make the virtual environment .venv and install zerolith there, editable
 
-test: lint types unit ## Lint, check the types, run all tests
+test: lint types unit docs ## Lint, check the types, run all tests, build the documents
 
 unit: $(READY) ## Run the tests
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
@@ -54,7 +54,7 @@ docs-check: $(READY) ## Check that the links of the documents lead somewhere
 
 docs: $(READY) ## Build the documents into build/docs
 	$(BIN)/python -m pip install -q -r requirements/docs.txt
-	$(BIN)/python -m sphinx -q -W -b html docs build/docs
+	$(BIN)/python -m sphinx -q -E -W --keep-going -b html docs build/docs
 	@echo 'build/docs/index.html'
 
 demo: $(READY) ## Train a small GPT with ZeRO-3 in bf16

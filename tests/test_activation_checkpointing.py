@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -13,11 +14,14 @@ from torch.profiler import ProfilerActivity, profile
 
 import zerolith
 from harness import run_ranks
-from models import start_engine, zero_config
+from models import differing, sgd, start_engine, whole_weights, zero_config
 from zerolith.checkpointing import Options, checkpoint, checkpoint_blocks, configure, is_configured, reset
 from zerolith.errors import ConfigError
+from zerolith.memory.offload import MIN_BYTES, Offload
+from zerolith.memory.pool import HostPool
 
 WIDTH, TOKENS, LAYERS = 32, 4096, 4
+ROWS = MIN_BYTES // (4 * WIDTH)  # the input of a layer is just worth being moved
 
 
 class Mlp(nn.Module):
@@ -45,9 +49,37 @@ class Stack(nn.Module):
         return self.out(x).square().mean()
 
 
-def stack(dropout: float = 0.0) -> Stack:
+class Calling(Stack):
+    """Calls zerolith.checkpointing itself, as models do that were written for DeepSpeed's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = checkpoint(layer, x, scale=0.5)
+        return self.out(x).square().mean()
+
+
+class Offloading(Stack):
+    """Computes nothing again, and keeps all that its layers keep on the host."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__(dropout)
+        self.offload = Offload()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            with self.offload.block().hooks():
+                x = layer(x, scale=0.5)
+        return self.out(x).square().mean()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Offloading:
+        copied = Offloading(self.layers[0].dropout)
+        copied.load_state_dict(self.state_dict())
+        return copied
+
+
+def stack(dropout: float = 0.0, kind: type[Stack] = Stack) -> Stack:
     torch.manual_seed(0)
-    return Stack(dropout)
+    return kind(dropout)
 
 
 POLICIES: dict[str, dict[str, Any]] = {
@@ -72,7 +104,7 @@ def trained(stage: int, policy: str) -> tuple[list[float], int]:
     losses = []
     for _ in range(3):
         engine._sharded.comm.traffic.clear()
-        loss = engine(torch.randn(8, WIDTH))
+        loss = engine(torch.randn(ROWS, WIDTH))
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
@@ -90,6 +122,61 @@ def test_every_policy_trains_the_same_bits_and_gathers_no_more(stage: int) -> No
         assert all(result == found["none"] for result in found.values()), found
         if stage == 3:  # root once, each block twice, but the last, which stays
             assert found["none"][1] == 1 + 2 * LAYERS - 1
+
+
+ON_HOST: dict[str, tuple[type[Stack], dict[str, Any], int]] = {  # model, config, tensors on the host per layer
+    "full": (Stack, {"policy": "full", "cpu_checkpointing": True}, 1),
+    "selective": (Stack, {"policy": "selective", "cpu_checkpointing": True}, 3),  # with both products
+    "called by the model": (Calling, {"cpu_checkpointing": True}, 1),
+    "without checkpoints": (Offloading, {}, 3),  # its input, and what enters and leaves gelu
+}
+
+
+def trained_on_host(
+    stage: int, kind: type[Stack], policy: dict[str, Any]
+) -> tuple[list[float], dict[str, Tensor], int]:
+    """Losses and weights of three steps of two micro-batches each, and how many tensors the last step moved."""
+    moved = []
+    take = HostPool.take
+
+    def counted_take(pool: HostPool, nbytes: int) -> Tensor:
+        moved.append(nbytes)
+        return take(pool, nbytes)
+
+    config = zero_config(stage, gradient_accumulation_steps=2, activation_checkpointing=policy)
+    engine = start_engine(stack(0.0, kind), config, sgd)
+    torch.manual_seed(7 + engine.global_rank)
+    losses = []
+    HostPool.take = counted_take  # type: ignore[method-assign]
+    try:
+        for _ in range(3):
+            moved.clear()
+            for _ in range(2):
+                loss = engine(torch.randn(ROWS, WIDTH))
+                engine.backward(loss)
+                engine.step()
+                losses.append(loss.item())
+    finally:
+        HostPool.take = take  # type: ignore[method-assign]
+        reset()
+    weights = whole_weights(engine)
+    engine.destroy()
+    return losses, weights, len(moved)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("world", [1, 2])
+def test_what_is_kept_on_the_host_comes_back_as_the_same_bits(stage: int, world: int) -> None:
+    def body() -> None:
+        losses, weights, moved = trained_on_host(stage, Stack, {})
+        assert moved == 0
+        for name, (kind, policy, per_layer) in ON_HOST.items():
+            found, found_weights, moved = trained_on_host(stage, kind, policy)
+            assert found == losses, name
+            assert not differing(found_weights, weights), name
+            assert moved == 2 * LAYERS * per_layer, name
+
+    run_ranks(world, body)
 
 
 # --- memory -----------------------------------------------------------------------------------------
@@ -112,7 +199,9 @@ FORMULAS: dict[str, tuple[Options | None, float]] = {  # widths per token and la
     "none": (None, 1 + 4 + 4),
     "selective": (Options(selective=True), 1 + 4 + 1),  # the input and both products
     "full": (Options(), 1),
-    "on the host": (Options(on_host=True), 1),  # on this device: a copy of it
+    # Here the host is the device, too: it holds copies of the same, and what the last layer keeps has not left.
+    "on the host": (Options(offload=Offload()), 1 + 1 / LAYERS),
+    "selective, on the host": (Options(selective=True, offload=Offload()), (1 + 4 + 1) * (1 + 1 / LAYERS)),
 }
 
 
@@ -123,38 +212,6 @@ def test_what_is_kept_is_what_the_formula_says(policy: str) -> None:
     expected = LAYERS * widths * TOKENS * WIDTH * 4 + head
     # The first layer's input was there before; the last one's output is kept by the head.
     assert kept_bytes(options) == pytest.approx(expected, rel=0.05)
-
-
-def test_the_host_holds_a_copy_and_backward_the_same_gradients() -> None:
-    saved: list[Tensor] = []
-    original = torch.autograd.graph.save_on_cpu
-
-    class Watched(original):  # type: ignore[misc, valid-type]
-        def __init__(self, pin_memory: bool = False) -> None:
-            super().__init__(pin_memory=pin_memory)
-            pack = self.pack_hook
-
-            def watched(tensor: Tensor) -> Any:
-                saved.append(tensor)
-                return pack(tensor)
-
-            self.pack_hook = watched
-
-    gradients = []
-    for options in (None, Options(on_host=True)):
-        model = stack()
-        if options is not None:
-            checkpoint_blocks(model, options=options)
-        x = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(0), requires_grad=True)
-        torch.autograd.graph.save_on_cpu = Watched
-        try:
-            model(x).backward()
-        finally:
-            torch.autograd.graph.save_on_cpu = original
-        gradients.append([param.grad for param in model.parameters()])
-    filled = [tensor for tensor in saved if tensor.numel()]  # torch 2.11 saves an empty one beside each
-    assert len(filled) == LAYERS, "each block's input, and nothing from inside"
-    assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True))
 
 
 # --- choosing, undoing, DeepSpeed's calls -----------------------------------------------------------
@@ -245,3 +302,51 @@ def test_a_config_decides_for_models_that_call_checkpoint_themselves() -> None:
         assert is_configured()
     finally:
         reset()
+
+
+def test_configure_acts_on_every_thread() -> None:
+    """Autograd computes again on threads of its own, and must meet what forward met."""
+    configure(checkpoint_in_cpu=True)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(is_configured).result()
+    finally:
+        reset()
+
+
+def compiled_losses(policy: dict[str, Any], compiled: bool) -> list[float]:
+    torch._dynamo.reset()
+    engine = start_engine(stack(), zero_config(0, activation_checkpointing=policy))
+    if compiled:
+        engine.compile(backend="eager")
+    torch.manual_seed(3)
+    losses = []
+    for _ in range(2):
+        loss = engine(torch.randn(ROWS, WIDTH))
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    engine.destroy()
+    return losses
+
+
+@pytest.mark.parametrize("policy", ["full, on the host", "selective, on the host"])
+def test_compiling_changes_nothing_of_what_is_kept_on_the_host(policy: str) -> None:
+    def body() -> tuple[list[float], list[float]]:  # not here: the compiler leaves much behind in a process
+        return compiled_losses({}, False), compiled_losses(POLICIES[policy], True)
+
+    ((plain, compiled),) = run_ranks(1, body)
+    assert plain == compiled
+
+
+def test_a_parameter_may_be_an_argument() -> None:
+    weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+    x = torch.randn(ROWS, WIDTH)
+    F.gelu(x @ weight.t()).sum().backward()
+    expected, weight.grad = weight.grad, None
+    configure(checkpoint_in_cpu=True)
+    try:
+        checkpoint(lambda x, w, w_t: F.gelu(x @ w_t + 0 * w.sum()), x, weight, weight.t()).sum().backward()
+    finally:
+        reset()
+    assert torch.equal(weight.grad, expected)

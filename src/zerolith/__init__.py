@@ -12,7 +12,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zerolith import checkpointing as checkpointing, data as data, errors as errors, zero as zero
+    from zerolith import (
+        checkpoint as checkpoint,
+        checkpointing as checkpointing,
+        data as data,
+        errors as errors,
+        zero as zero,
+    )
     from zerolith.comm import init_distributed as init_distributed
     from zerolith.data import RepeatingLoader as RepeatingLoader
     from zerolith.engine import Engine as Engine
@@ -26,6 +32,7 @@ _HOMES = {  # a name that its home does not hold is the home itself
     "RepeatingLoader": "zerolith.data",
     "StepReport": "zerolith.status",
     "add_config_arguments": "zerolith.initialize",
+    "checkpoint": "zerolith.checkpoint",
     "checkpointing": "zerolith.checkpointing",
     "data": "zerolith.data",
     "errors": "zerolith.errors",

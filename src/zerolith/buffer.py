@@ -54,10 +54,10 @@ class FlatBuffer:
         for gap in self.layout.gaps():
             self.at(gap).zero_()
 
-    def copy(self, placement: Placement, dtype: torch.dtype) -> FlatBuffer:
+    def copy(self, placement: Placement, dtype: torch.dtype, *, device: torch.device | None = None) -> FlatBuffer:
         """What SHARD, or this buffer's own placement, keeps of it: in `dtype` and in memory of its own."""
         source = self.own() if placement is SHARD else self
-        return FlatBuffer(self.layout, placement, source.data.to(dtype, copy=True), rank=self.rank)
+        return FlatBuffer(self.layout, placement, source.data.to(device, dtype, copy=True), rank=self.rank)
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether `tensor` lies in this buffer's memory."""

@@ -2,25 +2,27 @@
 
 The work is torch.utils.checkpoint's (non-reentrant, random numbers kept). Blocks chosen by the config are checkpointed
 inside their own `forward`: hooks on a module, such as those that gather its parameters, stay outside, so a block is
-not gathered once more to be computed again.
+not gathered once more to be computed again. What a block keeps may stay in host memory (`memory/offload.py`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint as torch_checkpoint, create_selective_checkpoint_contexts
 
-from zerolith.errors import ConfigError
+from zerolith.errors import ConfigError, UsageError
 from zerolith.forward import Forward
+from zerolith.memory.offload import Block, Kept, Offload, Saved
 
 _ATEN = torch.ops.aten
 # What costs much to compute and little to keep: with the policy "selective" their results stay.
@@ -42,10 +44,11 @@ class Options:
     """How `checkpoint` works."""
 
     selective: bool = False  # keep the results of matrix products, attention and convolutions
-    on_host: bool = False  # keep what is kept in host memory
+    offload: Offload | None = None  # keep what is kept in host memory
 
 
-_configured: ContextVar[Options | None] = ContextVar("zerolith activation checkpointing", default=None)
+_configured: list[Options] = []  # at most one; backward's threads see it, too
+_offloading: ContextVar[bool] = ContextVar("inside a block that is offloaded", default=False)
 
 
 def configure(
@@ -78,22 +81,22 @@ def configure(
     for name, value in wanted.items():
         if value:
             raise ConfigError(f"checkpointing.configure: {name} is not supported; leave it out")
-    _configured.set(Options(on_host=on_host))
+    _configured[:] = [Options(offload=Offload() if on_host else None)]
 
 
 def is_configured() -> bool:
     """Whether `configure` was called."""
-    return _configured.get() is not None
+    return bool(_configured)
 
 
 def reset() -> None:
     """Take `configure` back."""
-    _configured.set(None)
+    _configured.clear()
 
 
 def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """function(*args, **kwargs), whose activations are computed again in backward. Tensors may be at any depth."""
-    return _run(_configured.get() or Options(), function, *args, **kwargs)
+    return _run(_configured[0] if _configured else Options(), function, *args, **kwargs)
 
 
 def checkpoint_blocks(
@@ -113,15 +116,74 @@ def checkpoint_blocks(
     return [Forward(block, lambda forward: partial(_run, options, forward)) for block in blocks[::every]]
 
 
-def _run(options: Options, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    context: AbstractContextManager[Any] = nullcontext()
-    if options.on_host:
-        context = torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
+def _run(options: Options, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    if options.offload is not None and not _offloading.get():
+        return _run_offloaded(options.offload.block(), options.selective, function, *args, **kwargs)
     chosen: dict[str, Any] = {}
     if options.selective:
         chosen["context_fn"] = partial(create_selective_checkpoint_contexts, EXPENSIVE)
-    with context:
-        return torch_checkpoint(function, *args, use_reentrant=False, **chosen, **kwargs)
+    return torch_checkpoint(function, *args, use_reentrant=False, **chosen, **kwargs)
+
+
+def _run_offloaded(block: Block, selective: bool, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    chosen: dict[str, Any] = {}
+    if selective:
+        results: list[Result] = []
+        chosen["context_fn"] = lambda: (_Keep(results, block), _Reuse(results))
+    with block.hooks():
+        return torch_checkpoint(partial(_inside, function), *args, use_reentrant=False, **chosen, **kwargs)
+
+
+def _inside(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Checkpoints inside of `function` keep to the outer one: it computes again what they keep. Each time it runs."""
+    token = _offloading.set(True)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _offloading.reset(token)
+
+
+class Result(NamedTuple):
+    """What an expensive operation gave."""
+
+    operation: Any  # torch's OpOverload
+    value: Any  # its tensors packed, at any depth
+
+
+class _Keep(TorchDispatchMode):
+    """Runs a block and keeps the results of its expensive operations, as torch's selective checkpointing does."""
+
+    def __init__(self, results: list[Result], block: Block) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
+        self._results = results
+        self._block = block
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        value = func(*args, **(kwargs or {}))
+        if func in EXPENSIVE:
+            self._results.append(Result(func, tree_map_only(Tensor, self._block.pack, value)))
+        return value
+
+
+class _Reuse(TorchDispatchMode):
+    """Runs a block again with the results that `_Keep` kept of it."""
+
+    def __init__(self, results: list[Result]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
+        self._results = results
+        self._next = 0
+
+    def __enter__(self) -> Any:
+        self._next = 0  # a retained graph comes here more than once
+        return super().__enter__()  # type: ignore[no-untyped-call]  # untyped in torch
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in EXPENSIVE:
+            return func(*args, **(kwargs or {}))
+        if self._next >= len(self._results) or self._results[self._next].operation is not func:
+            raise UsageError(f"a checkpointed block computed {func} in backward that it did not compute in forward")
+        self._next += 1
+        return tree_map_only((Kept, Saved), lambda packed: packed.get(), self._results[self._next - 1].value)
 
 
 def _blocks(parent: nn.Module, classes: frozenset[str], *, seen: set[int]) -> Iterator[nn.Module]:

@@ -172,6 +172,8 @@ class Loader:
         if self._begun:
             self.set_epoch(self.epoch + 1)
         self._begun = True
+        if self._loader.generator is not None:
+            self._loader.generator.manual_seed(self.epoch)
         if isinstance(self._source, MicroBatchSampler):
             self._source.epoch = self.epoch
         for batch in self._loader:
@@ -250,11 +252,15 @@ def make_loader(
     """
     deal = Deal(micro_batch=micro_batch, rank=rank, num_ranks=num_ranks, drop_last=drop_last)
     pin = torch.cuda.is_available()
+    own = torch.Generator()  # torch's loader draws a number at the start of each pass: not from the training's
     if not hasattr(dataset, "__len__"):
         if curriculum is not None or num_workers:
             raise UsageError("training_data is iterable: a curriculum and worker processes need a map-style dataset")
         dealt = _Dealt(dataset, deal)
-        return Loader(dealt, DataLoader(dealt, batch_size=micro_batch, collate_fn=collate_fn, pin_memory=pin), deal)
+        stream: DataLoader[Any] = DataLoader(
+            dealt, batch_size=micro_batch, collate_fn=collate_fn, pin_memory=pin, generator=own
+        )
+        return Loader(dealt, stream, deal)
     sampler = MicroBatchSampler(len(dataset), deal, seed=seed, shuffle=shuffle, curriculum=curriculum)
     if not len(sampler):
         why = "is empty" if not len(dataset) else "is dropped as a last batch that is not full"
@@ -263,6 +269,11 @@ def make_loader(
             f"{num_ranks} ranks"
         )
     batches: DataLoader[Any] = DataLoader(
-        dataset, batch_sampler=sampler, collate_fn=collate_fn, pin_memory=pin, num_workers=num_workers
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate_fn,
+        pin_memory=pin,
+        num_workers=num_workers,
+        generator=own,
     )
     return Loader(sampler, batches, deal)

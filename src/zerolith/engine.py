@@ -13,12 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from zerolith.batches import Batches
+from zerolith.checkpoint import Sharded
+from zerolith.checkpoints import Checkpoints
 from zerolith.comm import CommsLog
 from zerolith.config import Config
-from zerolith.errors import UsageError
+from zerolith.errors import OffloadError, UsageError
 from zerolith.forward import Forward
-from zerolith.observe import Phases, Summary, Watch, summarize
+from zerolith.integrity import Integrity
+from zerolith.memory import SwapFile
+from zerolith.observe import Phases, StepNumbers, Summary, Watch, summarize
 from zerolith.optim import PartitionedOptimizer, ZeroOptimizer, examine
 from zerolith.precision import LossScaler
 from zerolith.sharded_model import ShardedModel
@@ -31,7 +34,7 @@ logger = logging.getLogger("zerolith")
 CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
-class Engine(Batches):
+class Engine(Checkpoints):
     """Trains `module` with its states sharded over the data-parallel ranks.
 
     Every rank makes the same calls in the same order; forward, backward and step communicate. Unknown attributes
@@ -47,6 +50,8 @@ class Engine(Batches):
         optimizer: Optimizer | None,
         watch: Watch,
         handles: Sequence[Any],  # what destroy() removes
+        *,
+        swap: SwapFile | None = None,  # where masters and optimizer states rest
     ) -> None:
         super().__init__(config, sharded, scaler)
         self.module = module
@@ -56,18 +61,22 @@ class Engine(Batches):
         self.global_steps = 0
         self.global_samples = 0
         self.skipped_steps = 0
+        self.client_state: Mapping[str, Any] = {}
         self._syncing = True
         self._in_backward = False
         self._managed = False  # the backward under way is engine.backward's, or of a loss that scale() has seen
-        self._partitioned = PartitionedOptimizer(optimizer, sharded.gradients, sharded.comm) if optimizer else None
+        self._partitioned: PartitionedOptimizer | None = None
+        if optimizer is not None:
+            self._partitioned = PartitionedOptimizer(optimizer, sharded.gradients, sharded.comm, swap=swap)
         self.basic_optimizer = optimizer
         sharded.reducer.before_first = _weakly(self, Engine._on_backward)
+        self._integrity = Integrity(Sharded(sharded, self._partitioned), interval=config.integrity_interval)
         self._watch = watch
         self._compiled: list[Forward] = []
         self._phase = Phases(config, sharded.comm)
         if config.comms_logger.enabled:
             sharded.comm.log = sharded.comm.log or CommsLog()
-        handles = [*handles, watch, self._phase, module.register_forward_hook(_weakly(self, Engine._watch_output))]
+        handles = [*handles, self._phase, watch, module.register_forward_hook(_weakly(self, Engine._watch_output))]
         if optimizer is not None:
             handles.append(optimizer.register_step_pre_hook(_weakly(self, Engine._refuse_outside)))
             self.optimizer = ZeroOptimizer(optimizer, step=self.step, zero_grad=self.zero_grad)
@@ -176,6 +185,8 @@ class Engine(Batches):
         if not self._micro.take_step():
             self._applied = False
             return
+        rates = [float(lr) for lr in self.get_lr()]  # that this step uses
+        self._integrity.before_step(self.global_steps + 1, [rates, self._scaler.scale, self.global_samples])
         with self._phase("step"):
             self.report = self._update(self._partitioned)
         self._applied = not self.report.skipped
@@ -184,14 +195,20 @@ class Engine(Batches):
         new_samples = self.train_batch_size() // self._micro.per_step * counted
         self.global_samples += new_samples
         self.skipped_steps += self.report.skipped
-        rate = float(self.get_lr()[0])  # that this step used
         if self._applied and self.lr_scheduler is not None:
             self.lr_scheduler.step(**(lr_kwargs or {}))
-        self._print_progress(self.report)
+        numbers = StepNumbers(
+            step=self.global_steps,
+            lr=rates,
+            grad_norm=self.report.grad_norm,
+            loss_scale=self.report.loss_scale,
+            skipped_steps=self.skipped_steps,
+            samples=self.global_samples,
+        )
+        self._watch.stepped(numbers, new_samples=new_samples)
         self._phase.stepped(self.global_steps)
-        numbers = {"lr": rate, "grad_norm": self.report.grad_norm, "loss_scale": self.report.loss_scale}
-        numbers["skipped_steps"] = self.skipped_steps
-        self._watch.stepped(numbers, samples=self.global_samples, new_samples=new_samples)
+        self._integrity.after_step(self.global_steps)
+        self._after_step()
 
     @torch.no_grad()
     def _update(self, optimizer: PartitionedOptimizer) -> StepReport:
@@ -211,8 +228,11 @@ class Engine(Batches):
             coefficient = min(1.0, clip / (norm + CLIP_EPS)) if clip and not facts.overflow else 1.0
             for own in sharded.gradients:
                 own.scale(coefficient / terms)
-            optimizer.step(facts.used)
-            sharded.publish()
+            try:
+                optimizer.step(facts.used, sharded.publish)
+            except OffloadError:
+                self._mixture = "the last step failed half-way"
+                raise
         sharded.reducer.reset()
         if skip and sharded.comm.rank == 0:
             message = "step %d skipped: the gradient of %s is not finite (loss scale %g)"
@@ -270,6 +290,7 @@ class Engine(Batches):
             return
         if self._settings.comms_logger.enabled and self.global_rank == 0:
             logger.info("%s", self.comms_summary())
+        self._close_saver()
         self._sharded.detach()
         for forward in reversed(self._compiled):
             forward.remove()
@@ -332,24 +353,6 @@ class Engine(Batches):
 
     def _cast(self, value: Tensor) -> Tensor:
         return value.to(self._sharded.plan.precision.compute) if value.is_floating_point() else value
-
-    def _check_alive(self) -> None:
-        if not self._finalizer.alive:
-            raise UsageError("this engine was destroyed; make a new one with zerolith.initialize")
-
-    def _check_ready(self) -> None:
-        self._check_alive()
-        if self._in_backward:
-            raise UsageError(
-                "the last backward did not finish, so gradients are incomplete; after an exception call engine.reset()"
-            )
-
-    def _print_progress(self, report: StepReport) -> None:
-        every = self._settings.steps_per_print
-        if every and self.global_rank == 0 and self.global_steps % every == 0:
-            message = "step %d: lr %s, grad norm %.4g, skipped %d"
-            rates = ", ".join(f"{lr:.3g}" for lr in self.get_lr())
-            logger.info(message, self.global_steps, rates, report.grad_norm, self.skipped_steps)
 
 
 def _let_go(sharded: ShardedModel, partitioned: PartitionedOptimizer | None, handles: list[Any]) -> None:

@@ -7,6 +7,11 @@
     │   └── PhaseError           a unit was asked for an illegal move; engine.reset() brings it back to rest
     ├── OptimizerError           an optimizer that cannot be partitioned, or whose groups are wrong
     ├── ScaleError               the dynamic loss scale cannot get any lower
+    ├── CheckpointError          a checkpoint cannot be written or read: disk full, no such tag, not this model's, ...
+    │   ├── CheckpointDamagedError   what lies on disk is not what was written
+    │   └── CheckpointLockedError    another job writes to the same folder
+    ├── OffloadError             what lies in host memory or on disk cannot be put there or brought back
+    ├── IntegrityError           values changed by themselves: ranks differ in what must be equal, or memory is broken
     └── DistributedError         the ranks do not agree, or one is gone
         ├── HandshakeError       config, versions or parameters differ between ranks at start-up
         ├── CollectiveMismatchError  ranks issued different collectives
@@ -44,6 +49,26 @@ class OptimizerError(ZerolithError, ValueError):
 
 class ScaleError(ZerolithError, RuntimeError):
     """The dynamic loss scale is at its minimum and gradients still overflow."""
+
+
+class CheckpointError(ZerolithError, RuntimeError):
+    """A checkpoint cannot be written or read."""
+
+
+class CheckpointDamagedError(CheckpointError):
+    """What lies on disk is not what was written: a flipped bit, a torn or missing file."""
+
+
+class CheckpointLockedError(CheckpointError):
+    """Another job writes to the same folder."""
+
+
+class OffloadError(ZerolithError, RuntimeError):
+    """What was to be kept outside the device cannot be put there or brought back."""
+
+
+class IntegrityError(ZerolithError, RuntimeError):
+    """Values that must be equal are not: on different ranks, or of one tensor at different times."""
 
 
 class DistributedError(ZerolithError, RuntimeError):

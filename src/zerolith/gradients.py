@@ -104,6 +104,12 @@ class Gradients:
             self._buffer.data.zero_()
         return self._buffer
 
+    def to_restore(self) -> FlatBuffer:
+        """This rank's shard of `sum`, zeros, to be filled with what an earlier run had reduced since its last step."""
+        self.fresh = False
+        self.gathered = self.partitioning.optim is SHARD
+        return self.sum.own()
+
     def _to_overwrite(self) -> FlatBuffer:
         """`sum` with undefined contents if it has no memory yet."""
         if self._lender is None and not self._buffer.is_allocated:
@@ -151,6 +157,13 @@ class Gradients:
     def scale(self, factor: float) -> None:
         if factor != 1.0:
             self.sum.data.mul_(factor)
+
+    def rescale(self, factor: float) -> None:
+        """Multiply all that has come since the last step, reduced or not."""
+        if factor != 1.0 and not self.fresh:
+            self.scale(factor)
+        if factor != 1.0 and self.term is not None:
+            self.term.buffer.data.mul_(factor)
 
     def reset(self) -> None:
         """Forget everything since the last step."""

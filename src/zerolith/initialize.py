@@ -6,14 +6,17 @@ import json
 import logging
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from zerolith.checkpoint import Disk, Preemption, probe
 from zerolith.checkpointing import Options, checkpoint_blocks, configure
 from zerolith.comm import TIMEOUT, Comm, agree, default_comm, handshake, init_distributed
 from zerolith.config import Config, load_config, resolve_batch
@@ -21,8 +24,9 @@ from zerolith.data import Loader, make_loader
 from zerolith.engine import Engine
 from zerolith.errors import ConfigError, OptimizerError, UsageError
 from zerolith.forward import Forward
-from zerolith.memory import keep_freed_pages
-from zerolith.observe import Watch, make_monitors
+from zerolith.memory import SwapFile, keep_freed_pages
+from zerolith.memory.offload import Offload
+from zerolith.observe import Logs, Watch, make_monitors
 from zerolith.optim import build_optimizer, build_scheduler, granularities_of
 from zerolith.parameter import ShardedParameter
 from zerolith.partitioning import REPLICATE, Partitioning
@@ -51,6 +55,8 @@ class _Inputs:
     loader: Loader | None
     scheduler: Any  # anything with step(), or None
     watch: Watch
+    preemption: Preemption | None
+    swap: SwapFile | None
 
 
 def initialize(
@@ -78,17 +84,21 @@ def initialize(
         init_distributed(timeout=timeout or TIMEOUT)
     comm = default_comm()
     inputs, error = None, None
-    try:
-        source = _only_one(args, config, config_params)
-        inputs = _check(source, model, optimizer, model_parameters, training_data, lr_scheduler, collate_fn, comm)
-    except Exception as caught:  # whatever it is, the other ranks must not wait for this one
-        error = caught
-    agree(comm, error, doing="zerolith.initialize")
-    assert inputs is not None, "agree raises on every rank if any has failed"
-    handshake(comm, _facts(inputs, comm))
-    engine = _assemble(inputs)
+    with ExitStack() as undo:  # if some rank fails
+        try:
+            source = _only_one(args, config, config_params)
+            given = (model, optimizer, model_parameters, training_data, lr_scheduler, collate_fn)
+            inputs = _check(source, *given, comm, undo)
+        except Exception as caught:  # whatever it is, the other ranks must not wait for this one
+            error = caught
+        agree(comm, error, doing="zerolith.initialize")
+        assert inputs is not None, "agree raises on every rank if any has failed"
+        handshake(comm, _facts(inputs, comm))
+        engine = _assemble(inputs)
+        undo.pop_all()
     engine.training_dataloader = inputs.loader
     engine.lr_scheduler = inputs.scheduler
+    engine._prepare_checkpoints(inputs.preemption)
     if comm.rank == 0:
         logger.info("%s", engine.summary())
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
@@ -103,11 +113,14 @@ def _check(
     lr_scheduler: Any,
     collate_fn: Any,
     comm: Comm,
+    undo: ExitStack,
 ) -> _Inputs:
-    """Everything that can be wrong on one rank alone is found here."""
+    """Everything that can be wrong on one rank alone is found here; `undo` closes what was opened for it."""
     if not isinstance(model, nn.Module):
         raise UsageError(f"initialize: model must be a torch.nn.Module, not {type(model).__name__}")
     config = resolve_batch(load_config(source), comm.size)
+    logs = Logs(config, comm)
+    undo.callback(logs.remove)
     members = find_members(model, _member)
     _move(model, members, comm.device)
     chosen = _optimizer(model, optimizer, model_parameters, config, comm)
@@ -120,15 +133,42 @@ def _check(
             f"zero_optimization.stage: {config.zero_optimization.stage} shards optimizer states, but there is no "
             "optimizer; pass one to initialize or name one under optimizer.type"
         )
+    loader = _loader(training_data, config, collate_fn, comm)
+    scheduler = _scheduler(lr_scheduler, config, chosen, comm)
+    watch = _watch(config, comm, logs)
+    undo.callback(watch.remove)
     return _Inputs(
         model=model,
         config=config,
         optimizer=chosen,
         members=members,
-        loader=_loader(training_data, config, collate_fn, comm),
-        scheduler=_scheduler(lr_scheduler, config, chosen, comm),
-        watch=_watch(config, comm),
+        loader=loader,
+        scheduler=scheduler,
+        watch=watch,
+        preemption=_preemption(config, undo),
+        swap=_swap(config, undo) if chosen is not None else None,
     )
+
+
+def _preemption(config: Config, undo: ExitStack) -> Preemption | None:
+    """See that checkpoints can be written where the config says, and catch the signal that ends the job."""
+    settings = config.checkpoint
+    if settings.folder:
+        probe(Disk(), Path(settings.folder).absolute())
+    if not settings.preemption.enabled:
+        return None
+    preemption = Preemption(deadline_s=settings.preemption.deadline_s)
+    undo.callback(preemption.remove)
+    return preemption
+
+
+def _swap(config: Config, undo: ExitStack) -> SwapFile | None:
+    offload = config.zero_optimization.offload_optimizer
+    if offload.device != "nvme":
+        return None
+    swap = SwapFile(Path(offload.nvme_path or "").absolute())
+    undo.callback(swap.close)
+    return swap
 
 
 def _member(name: str, param: nn.Parameter) -> Member:
@@ -243,7 +283,8 @@ def _assemble(inputs: _Inputs) -> Engine:
     activations = config.activation_checkpointing
     checkpointed: list[Forward] = []
     if activations.policy != "none":
-        options = Options(selective=activations.policy == "selective", on_host=activations.cpu_checkpointing)
+        offload = Offload() if activations.cpu_checkpointing else None
+        options = Options(selective=activations.policy == "selective", offload=offload)
         checkpointed = checkpoint_blocks(model, options=options, classes=activations.classes, every=activations.every)
     elif activations.cpu_checkpointing:
         configure(checkpoint_in_cpu=True)  # for models that call zerolith.checkpointing.checkpoint themselves
@@ -251,7 +292,12 @@ def _assemble(inputs: _Inputs) -> Engine:
     sharded = ShardedModel(
         model,
         inputs.members,
-        Plan(partitioning=partitioning, precision=precision, comm=comm),
+        Plan(
+            partitioning=partitioning,
+            precision=precision,
+            comm=comm,
+            master_device=None if zero.offload_optimizer.device == "none" else torch.device("cpu"),
+        ),
         WrapPolicy(
             unit_classes=frozenset({*config.zerolith.unit_classes, *leaves.classes}),
             unit_names=frozenset(leaves.names),
@@ -264,7 +310,8 @@ def _assemble(inputs: _Inputs) -> Engine:
         prefetch=zero.stage3_prefetch_bucket_size > 0,
     )
     scaler = _scaler(config, precision)
-    return Engine(model, config, sharded, scaler, inputs.optimizer, inputs.watch, checkpointed)
+    handles = [*checkpointed, *([inputs.preemption] if inputs.preemption is not None else [])]
+    return Engine(model, config, sharded, scaler, inputs.optimizer, inputs.watch, handles, swap=inputs.swap)
 
 
 def _precision(config: Config) -> Precision:
@@ -309,9 +356,9 @@ def _loader(dataset: Any, config: Config, collate_fn: Callable[[list[Any]], Any]
     )
 
 
-def _watch(config: Config, comm: Comm) -> Watch:
+def _watch(config: Config, comm: Comm, logs: Logs) -> Watch:
     enabled = config.csv_monitor.enabled or config.tensorboard.enabled or config.wandb.enabled
-    return Watch(comm, lambda: make_monitors(config), enabled=enabled)
+    return Watch(comm, logs, lambda: make_monitors(config), enabled=enabled)
 
 
 def _scheduler(lr_scheduler: Any, config: Config, optimizer: Optimizer | None, comm: Comm) -> Any:

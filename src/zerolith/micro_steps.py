@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from zerolith.errors import UsageError
 
 
@@ -66,6 +69,38 @@ class MicroSteps:
         self._origin = self.total
         self.since_step = 0
         self.after_backward = False
+
+    def state_dict(self) -> dict[str, int | bool | None]:
+        """Where the run is."""
+        return {
+            "per_step": self.per_step,
+            "total": self.total,
+            "origin": self._origin,
+            "since_step": self.since_step,
+            "after_backward": self.after_backward,
+            "asked": self.asked,
+            "manual": self.manual,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken; if a step takes another number of micro-batches now, at the same part.
+
+        Raises UsageError, before anything changes, if that part is no whole number of micro-batches.
+        """
+        self.total, self.since_step = state["total"], self.resumed(state)
+        is_same = state["per_step"] == self.per_step
+        self._origin = state["origin"] if is_same and self.since_step else self.total - self.since_step
+        self.after_backward, self.asked, self.manual = state["after_backward"], state["asked"], state["manual"]
+
+    def resumed(self, state: Mapping[str, Any]) -> int:
+        """Micro-batches since the last step, in this run's count. Raises UsageError if they are no whole number."""
+        done, of = state["since_step"], state["per_step"]
+        if done * self.per_step % of:
+            raise UsageError(
+                f"the checkpoint was saved after {done} of {of} micro-batches of a step, which is no whole number of "
+                f"this run's {self.per_step}; resume with a gradient_accumulation_steps that {of} divides"
+            )
+        return int(done * self.per_step // of)
 
     def _completes(self, number: int) -> bool:
         return self.manual if self.manual is not None else (number - self._origin) % self.per_step == 0

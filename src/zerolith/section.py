@@ -11,6 +11,7 @@ A section owns, over one Layout:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -67,6 +68,7 @@ class Plan:
     partitioning: Partitioning
     precision: Precision
     comm: Comm
+    master_device: torch.device | None = None  # where masters rest and are stepped; None: where the weights are
 
 
 class Section:
@@ -96,6 +98,7 @@ class Section:
         compute = plan.precision.compute_dtype(packed.data.dtype)
         self.whole = FlatBuffer(self.layout, REPLICATE, packed.data.to(compute), rank=packed.rank)
         self.weights = self.whole if plan.partitioning.params is REPLICATE else self.whole.copy(SHARD, compute)
+        self.resident: Callable[[], AbstractContextManager[None]] = nullcontext  # in which masters may be touched
         self.owners = list(owners)  # rank that steps each tensor, where whole tensors are stepped on shards
         self.main = self._make_main(packed)
         self.masters = self._make_masters(packed)  # by index: whole tensors that this rank owns, master dtype
@@ -161,8 +164,10 @@ class Section:
 
     def start_publish(self) -> Pending:
         """Begin to bring the optimizer's result to the weights. Collective where params rest whole."""
-        source = self.main if self.main is not None else self.weights.own()
-        return Then(redistribute(source, self.weights, comm=self.plan.comm, name=self.name), self.mark_written)
+        with self.resident():  # what is sent is copied before the sending begins
+            source = self.main if self.main is not None else self.weights.own()
+            moved = redistribute(source, self.weights, comm=self.plan.comm, name=self.name)
+        return Then(moved, self.mark_written)
 
     def mark_written(self) -> None:
         """Tell autograd and `edited()` that the weights' content is ours and new."""
@@ -177,20 +182,22 @@ class Section:
 
     def adopt_edits(self) -> None:
         """Let the masters follow weights that were written to; `whole` must be there if masters are elsewhere."""
-        if self.main is not None:
-            source = self.weights.own() if self.main.placement is SHARD else self.weights
-            _follow(self.main.data, source.data)
-        for index, master in self.masters.items():
-            _follow(master, self.whole.slot(index))
+        with self.resident():
+            if self.main is not None:
+                source = self.weights.own() if self.main.placement is SHARD else self.weights
+                _follow(self.main.data, source.data)
+            for index, master in self.masters.items():
+                _follow(master, self.whole.slot(index))
         self._versions = self._current_versions()
 
     def adopt_slot(self, index: int) -> None:
         """Keep what was written to the whole tensor `index`, which is the same on every rank."""
         self.write_slot(index, self.whole.slot(index).reshape(-1))
-        if self.main is not None:
-            _follow(self.main.local(index), self._held(index, self.main))
-        if index in self.masters:
-            _follow(self.masters[index], self.whole.slot(index))
+        with self.resident():
+            if self.main is not None:
+                _follow(self.main.local(index), self._held(index, self.main))
+            if index in self.masters:
+                _follow(self.masters[index], self.whole.slot(index))
 
     def write_slot(self, index: int, flat: Tensor) -> None:
         """Make `flat`, the whole tensor `index` flattened and equal on every rank, the weights' content."""
@@ -230,16 +237,16 @@ class Section:
         if not self.trained or (self.granularity is Granularity.TENSOR and optim is SHARD):
             return None  # frozen; or the owners of whole tensors hold the master
         dtype = self.plan.precision.master_dtype(packed.data.dtype)
-        if dtype == self.weights.data.dtype:
+        if dtype == self.weights.data.dtype and self.plan.master_device in (None, self.weights.data.device):
             return self.weights.own() if optim is SHARD else self.weights
-        return packed.copy(optim, dtype)
+        return packed.copy(optim, dtype, device=self.plan.master_device)
 
     def _make_masters(self, packed: FlatBuffer) -> dict[int, Tensor]:
         if self.main is not None or not self.trained:
             return {}
         dtype = self.plan.precision.master_dtype(packed.data.dtype)
         mine = [index for index, owner in enumerate(self.owners) if owner == packed.rank]
-        return {index: packed.slot(index).to(dtype, copy=True) for index in mine}
+        return {index: packed.slot(index).to(self.plan.master_device, dtype, copy=True) for index in mine}
 
     def _make_grads(self) -> FlatBuffer | None:
         if not self.trained:
@@ -278,5 +285,6 @@ def absent(view: Tensor) -> Tensor:
 def _follow(master: Tensor, weights: Tensor) -> None:
     """Where `weights` is not what `master` was published as, take it; elsewhere the master keeps its precision."""
     if master.untyped_storage().data_ptr() != weights.untyped_storage().data_ptr():
+        weights = weights.to(master.device)
         changed = weights != master.to(weights.dtype)
         master.copy_(torch.where(changed, weights.to(master.dtype), master))

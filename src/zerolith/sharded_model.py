@@ -88,10 +88,13 @@ class ShardedModel:
         self.gatherer.release_all()
 
     @torch.no_grad()
-    def publish(self) -> None:
-        """Bring the optimizer's results to the weights; every gathered copy is dropped. Collective."""
+    def publish(self, sections: Sequence[Section]) -> None:
+        """Bring masters to the weights, and each rank's shard of weights without masters to the others.
+
+        Every gathered copy is dropped. Collective.
+        """
         self.release_all()
-        for pending in [section.start_publish() for section in self.sections if section.trained]:
+        for pending in [section.start_publish() for section in sections]:
             pending.wait()
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import zerolith
 from harness import run_ranks
 from models import start_engine, zero_config
-from zerolith.errors import ZerolithError
+from zerolith.errors import ConfigError, ZerolithError
 
 SGD = {"type": "SGD", "params": {"lr": 0.5}}
 HALVED = {"type": "StepLR", "params": {"step_size": 1, "gamma": 0.5}}
@@ -34,7 +34,8 @@ class Tokens(nn.Module):
 def train(folder: str, section: str, gas: int = 2, steps: int = 3) -> tuple[list[float], list[float]]:
     """Losses of this rank's micro-batches and norms of the steps."""
     torch.manual_seed(0)
-    written = {section: {"enabled": True, "output_path": folder, "job_name": "job"}}
+    place = {"project": "p", "group": "g"} if section == "wandb" else {"output_path": folder, "job_name": "job"}
+    written = {section: {"enabled": True, **place}}
     config = zero_config(2, gradient_accumulation_steps=gas, optimizer=SGD, scheduler=HALVED, **written)
     engine = start_engine(Tokens(), config)
     losses, norms = [], []
@@ -96,14 +97,25 @@ def test_tensorboard_events_hold_every_step(tmp_path: Path) -> None:
     check(found, results)
 
 
-def test_wandb_gets_every_step_on_one_rank(tmp_path: Path) -> None:
-    def body() -> list[Any]:
-        seen: list[Any] = []
-        run = types.SimpleNamespace(
-            log=lambda numbers, step: seen.append((step, sorted(numbers))), finish=lambda: seen.append("finished")
+def wandb_stand_in(seen: list[Any], run: Any = None) -> Any:
+    """A module that notes what is asked of it; run: what is under way already."""
+
+    def init(**options: Any) -> Any:
+        seen.append(options)
+        return types.SimpleNamespace(
+            id="ours",
+            define_metric=lambda name, step_metric: seen.append((name, step_metric)),
+            log=lambda numbers: seen.append(numbers),
+            finish=lambda: seen.append("finished"),
         )
-        fake = types.SimpleNamespace(init=lambda **options: seen.append(options) or run)
-        sys.modules["wandb"] = fake  # type: ignore[assignment]
+
+    return types.SimpleNamespace(init=init, Error=OSError, run=run)
+
+
+def test_wandb_gets_every_step_on_one_rank() -> None:
+    def body(run: Any) -> list[Any]:
+        seen: list[Any] = []
+        sys.modules["wandb"] = wandb_stand_in(seen, run)
         torch.manual_seed(0)
         section = {"enabled": True, "project": "p", "group": "g", "team": "t"}
         engine = start_engine(Tokens(), zero_config(1, optimizer=SGD, wandb=section))
@@ -112,12 +124,129 @@ def test_wandb_gets_every_step_on_one_rank(tmp_path: Path) -> None:
         engine.destroy()
         return seen
 
-    first, second = run_ranks(2, body)
+    first, second = run_ranks(2, body, None)
     assert second == []
     assert first[0] == {"project": "p", "group": "g", "entity": "t"}
-    assert first[1][0] == 8
-    assert "Train/Samples/train_loss" in first[1][1]
-    assert first[2] == "finished"
+    assert first[1] == ("Train/Samples/*", "samples")
+    assert first[2]["samples"] == 8
+    assert "Train/Samples/train_loss" in first[2]
+    assert first[3:] == ["finished"]
+    theirs = run_ranks(1, body, types.SimpleNamespace(id="theirs"))[0]
+    assert theirs[0] == first[0]
+    assert "finished" not in theirs, "the application's own run goes on"
+
+
+def test_wandb_that_starts_no_run_is_said_on_every_rank() -> None:
+    def body() -> str:
+        sys.modules["wandb"] = fake = wandb_stand_in([])
+
+        def init(**_: Any) -> None:
+            raise fake.Error("No API key")
+
+        fake.init = init
+        with pytest.raises(ZerolithError) as caught:
+            start_engine(Tokens(), zero_config(1, optimizer=SGD, wandb={"enabled": True}))
+        return str(caught.value)
+
+    first, second = run_ranks(2, body)
+    assert first.startswith("wandb.enabled: no run can be started (No API key)")
+    assert first in second
+
+
+def test_a_folder_of_past_runs_is_not_taken_for_wandb() -> None:
+    def body() -> str:
+        sys.modules["wandb"] = types.ModuleType("wandb")  # what importing ./wandb gives
+        with pytest.raises(ConfigError) as caught:
+            start_engine(Tokens(), zero_config(0, optimizer=SGD, wandb={"enabled": True}))
+        return str(caught.value)
+
+    assert run_ranks(1, body) == ["wandb.enabled: wandb is not installed; pip install wandb"]
+
+
+def wandb_records(path: Path) -> list[Any]:
+    """What an offline run wrote: 7 bytes of head, then a log in LevelDB's format, of blocks of 32 KiB."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, parts, found = path.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        left = 2**15 - at % 2**15
+        if left < 7:  # too few for the head of a piece: checksum, length, kind
+            at += left
+            continue
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        parts += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last of several
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            found.append(record)
+            parts = b""
+    return found
+
+
+def read_wandb(path: Path) -> list[dict[str, Any]]:
+    """The rows of an offline run, by the names of their numbers."""
+    rows = [record.history.item for record in wandb_records(path) if record.HasField("history")]
+    return [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row} for row in rows]
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the real wandb, if there is one, writes the runs of this test."""
+    pytest.importorskip("wandb", minversion="0.19.10")
+    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    return tmp_path / "wandb"
+
+
+def test_an_offline_run_of_wandb_holds_every_step(offline: Path) -> None:
+    results = run_ranks(2, train, "", "wandb")
+    (path,) = offline.glob("offline-run-*/run-*.wandb")
+    rows = read_wandb(path)
+    names = {name for name in rows[0] if name.startswith("Train/Samples/")}
+    check(
+        {name.removeprefix("Train/Samples/"): [(row["samples"], row[name]) for row in rows] for name in names}, results
+    )
+    records = {record.WhichOneof("record_type"): record for record in wandb_records(path)}
+    assert (records["run"].run.project, records["run"].run.run_group) == ("p", "g")
+    assert (records["metric"].metric.glob_name, records["metric"].metric.step_metric) == ("Train/Samples/*", "samples")
+    assert records["exit"].exit.exit_code == 0, "destroy() ends it"
+
+
+def test_wandb_runs_of_the_application_and_of_other_engines_stay_whole(offline: Path) -> None:
+    def start() -> Any:
+        return start_engine(Tokens(), zero_config(0, optimizer=SGD, wandb={"enabled": True}))
+
+    def step(engine: Any) -> None:
+        engine.backward(engine(torch.ones(4, 3, dtype=torch.long)))
+        engine.step()
+
+    def body() -> str:
+        import wandb
+
+        own = wandb.init(project="own")
+        engine = start()
+        for number in range(1, 4):
+            step(engine)
+            own.log({"theirs": number}, step=number)
+        engine.destroy()
+        own.log({"later": 1})
+        own.finish()
+        first, second = start(), start()
+        step(first)
+        first.destroy()
+        step(second)
+        step(second)
+        second.destroy()
+        return own.id
+
+    own = run_ranks(1, body)[0]
+    runs = {path.stem: read_wandb(path) for path in offline.glob("offline-run-*/run-*.wandb")}
+    shared = runs.pop(f"run-{own}")
+    assert [row["theirs"] for row in shared if "theirs" in row] == [1, 2, 3]
+    assert [row["samples"] for row in shared if "Train/Samples/lr" in row] == [4, 8, 12]
+    assert shared[-1]["later"] == 1
+    assert sorted(len(rows) for rows in runs.values()) == [1, 2], "engines side by side have a run each"
 
 
 @pytest.mark.parametrize(

@@ -15,4 +15,5 @@ from zerolith.comm.start import (
     default_comm as default_comm,
     init_distributed as init_distributed,
     is_distributed as is_distributed,
+    side_comm as side_comm,
 )

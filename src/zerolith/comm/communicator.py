@@ -6,6 +6,7 @@ broadcast per owner, while NCCL's rings are best. The tables GATHER and REDUCE b
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -113,9 +114,11 @@ class Comm:
         """Every rank's payload, by rank."""
         sizes = self.max([float(len(payload)) if rank == self.rank else 0.0 for rank in range(self.size)], name=name)
         whole = torch.zeros(self.size, int(max(1.0, *sizes)), dtype=torch.uint8, device=self.device)
-        whole[self.rank, : len(payload)].copy_(torch.tensor(list(payload), dtype=torch.uint8))
+        if payload:
+            whole[self.rank, : len(payload)].copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
         self.all_gather(whole.view(-1), name=name).wait()
-        return [bytes(row[: int(size)]) for row, size in zip(whole.tolist(), sizes, strict=True)]
+        rows = whole.cpu()
+        return [ctypes.string_at(row.data_ptr(), int(size)) for row, size in zip(rows, sizes, strict=True)]
 
     def check_journals(self, highest: float, negated_lowest: float, *, name: str) -> None:
         """Raise CollectiveMismatchError on every rank if the ranks' fingerprints differ.

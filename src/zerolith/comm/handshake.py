@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from zerolith.comm.communicator import Comm
 from zerolith.errors import HandshakeError
@@ -11,10 +11,12 @@ from zerolith.errors import HandshakeError
 SHOWN = 5  # differences that a message lists
 
 
-def agree(comm: Comm, error: Exception | None, *, doing: str) -> None:
+def agree(
+    comm: Comm, error: Exception | None, *, doing: str, kind: Callable[[str], Exception] = HandshakeError
+) -> None:
     """Raise on every rank if any rank brings an error.
 
-    Collective. The rank that failed raises its own error; the others raise HandshakeError with its text.
+    Collective. The rank that failed raises its own error; the others raise `kind` with its text.
     """
     if not any(comm.max([float(error is not None)], name=f"agree on {doing}")):
         return
@@ -23,7 +25,7 @@ def agree(comm: Comm, error: Exception | None, *, doing: str) -> None:
     if error is not None:
         raise error
     failed = [f"rank {rank} failed: {text.decode()}" for rank, text in enumerate(texts) if text]
-    raise HandshakeError(f"{doing}: " + "; ".join(failed))
+    raise kind(f"{doing}: " + "; ".join(failed))
 
 
 def handshake(comm: Comm, facts: Mapping[str, str]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -54,21 +56,16 @@ def init_distributed(
     address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), _env_int("MASTER_PORT", 29500)
     agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     local = address in LOOPBACK or _env_int("LOCAL_WORLD_SIZE", 0) == world_size
-    sets_interface = local and GLOO_INTERFACE not in os.environ
-    if sets_interface:
-        os.environ[GLOO_INTERFACE] = "lo"
     try:
-        is_ours = address in LOOPBACK and not agent_store
-        store = _loopback_store(port, rank=rank, world_size=world_size, timeout=timeout) if is_ours else None
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        with _on_loopback(is_local=local):
+            is_ours = address in LOOPBACK and not agent_store
+            store = _loopback_store(port, rank=rank, world_size=world_size, timeout=timeout) if is_ours else None
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except RuntimeError as error:  # torch raises DistStoreError and other subclasses
         raise PeerLostError(
             f"rank {rank} of {world_size} could not join the others at {address}:{port} within "
             f"{timeout.total_seconds():g} s: look for ranks that never started or failed before. torch says: {error}"
         ) from error
-    finally:
-        if sets_interface:
-            del os.environ[GLOO_INTERFACE]
 
 
 def default_comm(*, reproducible: bool = False) -> Comm:
@@ -76,6 +73,29 @@ def default_comm(*, reproducible: bool = False) -> Comm:
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     group = dist.group.WORLD if is_distributed() else None
     return Comm(group, device, reproducible=reproducible)
+
+
+def side_comm(comm: Comm, *, timeout: timedelta) -> Comm:
+    """The ranks of `comm` with a group of their own on the CPU, for threads beside the one that trains. Collective."""
+    cpu = torch.device("cpu")
+    if comm.group is None:
+        return Comm(None, cpu)
+    with _on_loopback(is_local=_env_int("LOCAL_WORLD_SIZE", 0) == comm.size):
+        ranks = dist.get_process_group_ranks(comm.group)
+        return Comm(dist.new_group(ranks, backend="gloo", timeout=timeout), cpu)
+
+
+@contextmanager
+def _on_loopback(*, is_local: bool) -> Iterator[None]:
+    """Gloo groups that are made in here use the loopback interface if all ranks are on this host."""
+    sets_interface = is_local and GLOO_INTERFACE not in os.environ
+    if sets_interface:
+        os.environ[GLOO_INTERFACE] = "lo"
+    try:
+        yield
+    finally:
+        if sets_interface:
+            del os.environ[GLOO_INTERFACE]
 
 
 def _loopback_store(port: int, *, rank: int, world_size: int, timeout: timedelta) -> dist.Store:

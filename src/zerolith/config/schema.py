@@ -116,6 +116,15 @@ class LeafModule(Section):
     name_suffixes: Names = key((), "Endings of module paths gathered whole.")
 
 
+class OffloadOptimizer(Section):
+    """Where masters and optimizer states rest, and where they are stepped."""
+
+    device: Literal["none", "cpu", "nvme"] = key(
+        "none", "none: on the device; cpu: in host memory, stepped there; nvme: in a file, stepped in host memory."
+    )
+    nvme_path: str | None = key(None, "Folder on a fast disk of each host, for device nvme.")
+
+
 class ZeroOptimization(Section):
     """What is sharded, and in what pieces; `true` is stage 1."""
 
@@ -132,6 +141,16 @@ class ZeroOptimization(Section):
         False, "Allow a whole 16-bit copy of the weights to be gathered for saving at stage 3."
     )
     leaf_module: LeafModule = LeafModule()
+    offload_optimizer: OffloadOptimizer = OffloadOptimizer()
+
+    @model_validator(mode="after")
+    def _offloads_shards(self) -> "ZeroOptimization":
+        offload = self.offload_optimizer
+        if offload.device != "none" and self.stage == 0:
+            raise ValueError("zero_optimization.offload_optimizer moves shards; choose stage 1, 2 or 3")
+        if offload.device == "nvme" and not offload.nvme_path:
+            raise ValueError("zero_optimization.offload_optimizer.nvme_path: device nvme needs a folder")
+        return self
 
 
 class ActivationCheckpointing(Section):
@@ -186,6 +205,37 @@ class FlopsProfiler(Section):
     output_file: str | None = key(None, "File for the table; null logs it.")
 
 
+class Preempted(Section):
+    """Leaving in good order when the job is told to end."""
+
+    enabled: bool = key(False, "On SIGTERM finish the step, save to checkpoint.folder and exit with status 0.")
+    deadline_s: Count = key(300, "Seconds after SIGTERM when the process ends all the same, with status 124.")
+
+
+class Checkpoint(Section):
+    """Where, how and for how long a run is kept on disk."""
+
+    folder: str = key("", "Where checkpoints go unless a call says otherwise; tried out and locked at start-up.")
+    async_save: bool = key(False, "Write behind the training, which waits for a copy in memory only.")
+    when_busy: Literal["wait", "drop"] = key("wait", "What a save does while the one before it is being written.")
+    keep_last: Count | None = key(None, "So many of the newest global_step<N> stay; null keeps all.")
+    keep_every: Count | None = key(None, "With keep_last: those of steps that this divides stay, too.")
+    verify_after_save: bool = key(False, "Read everything back from the disk and compare before a save counts.")
+    writer_threads: CountOrZero = key(1, "Threads of a rank that compute checksums beside the one that writes.")
+    on_damage: Literal["raise", "previous"] = key(
+        "raise", "What loading without a tag does with a damaged checkpoint: stop, or take the one before it."
+    )
+    preemption: Preempted = Preempted()
+
+    @model_validator(mode="after")
+    def _preempted_somewhere(self) -> "Checkpoint":
+        if self.preemption.enabled and not self.folder:
+            raise ValueError("checkpoint.preemption needs checkpoint.folder to save to")
+        if self.keep_every is not None and self.keep_last is None:
+            raise ValueError("checkpoint.keep_every has an effect only with checkpoint.keep_last")
+        return self
+
+
 class TraceSteps(Section):
     """A trace of some optimizer steps, counted from 1, by torch's profiler."""
 
@@ -198,6 +248,9 @@ class Zerolith(Section):
     """What only zerolith knows."""
 
     trace: TraceSteps = TraceSteps()
+    log_format: Literal["plain", "json", "rich"] = key(
+        "plain", "What rank 0 logs: as logging is set up, JSON lines, or lines and a bar by rich; these two on stderr."
+    )
     peak_tflops: float | None = key(None, "TFLOP/s that a device can make at most; null looks its name up.", gt=0)
 
     unit_classes: Names = key((), "Class names whose instances each form a unit.")
@@ -221,6 +274,9 @@ class Config(Section):
     dataloader_drop_last: bool = key(False, "Drop a last batch that is not full.")
     reproducible: bool = key(False, "The same bits at every stage and world size, at some cost in speed.")
     fingerprint_interval: CountOrZero = key(1, "Optimizer steps between checks that ranks communicate alike; 0 is off.")
+    integrity_interval: CountOrZero = key(
+        0, "Optimizer steps between checks that replicas agree and memory keeps its bits; 0 is off."
+    )
     optimizer: Optimizer | None = None
     scheduler: Scheduler | None = None
     fp16: FP16 = FP16()
@@ -229,6 +285,7 @@ class Config(Section):
     data_types: DataTypes = DataTypes()
     zero_optimization: ZeroOptimization = ZeroOptimization()
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing()
+    checkpoint: Checkpoint = Checkpoint()
     tensorboard: TensorBoard = TensorBoard()
     csv_monitor: CsvMonitor = CsvMonitor()
     wandb: Wandb = Wandb()

@@ -1,5 +1,6 @@
 """What a person looks at before reading: the start-up summary, and the numbers of each step."""
 
+from zerolith.observe.logs import Logs as Logs, StepNumbers as StepNumbers
 from zerolith.observe.monitors import make_monitors as make_monitors
 from zerolith.observe.phases import Phases as Phases
 from zerolith.observe.summary import Summary as Summary, summarize as summarize

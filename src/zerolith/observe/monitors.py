@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, ClassVar, Protocol
 
 from zerolith.config import Config
 from zerolith.errors import ConfigError
+
+AXIS = "samples"  # what W&B calls the horizontal axis
 
 
 class Monitor(Protocol):
@@ -68,20 +70,39 @@ class TensorBoardMonitor:
 
 
 class WandbMonitor:
-    """A run of Weights & Biases; WANDB_MODE=offline keeps it on this machine."""
+    """A run of Weights & Biases; WANDB_MODE=offline keeps it on this machine.
+
+    Where the application has a run under way, the numbers go into that one, which stays open. Samples are a number of
+    their own and not the run's step, so the application may log in steps that it counts itself.
+    """
+
+    _opened: ClassVar[set[str]] = set()  # runs of engines that are alive
 
     def __init__(self, *, project: str, group: str | None, team: str | None) -> None:
         try:
             import wandb
+            from wandb import Error, init  # a folder of past runs, named wandb, can be imported as well
         except ImportError as error:
             raise ConfigError("wandb.enabled: wandb is not installed; pip install wandb") from error
-        self._run: Any = wandb.init(project=project, group=group, entity=team)
+        self._is_ours = wandb.run is None or wandb.run.id in self._opened
+        beside = {"reinit": "create_new"} if wandb.run is not None and self._is_ours else {}
+        try:
+            self._run: Any = init(project=project, group=group, entity=team, **beside)  # wandb may be without types
+        except Error as error:
+            raise ConfigError(
+                f"wandb.enabled: no run can be started ({error}); WANDB_MODE=offline needs no account"
+            ) from error
+        if self._is_ours:
+            self._opened.add(self._run.id)
+        self._run.define_metric("Train/Samples/*", step_metric=AXIS)
 
     def write(self, numbers: Mapping[str, float], samples: int) -> None:
-        self._run.log(dict(numbers), step=samples)
+        self._run.log({AXIS: samples, **numbers})
 
     def close(self) -> None:
-        self._run.finish()
+        if self._is_ours:
+            self._run.finish()
+            self._opened.discard(self._run.id)
 
 
 def make_monitors(config: Config) -> list[Monitor]:

@@ -1,4 +1,4 @@
-"""What each optimizer step was like, for the monitors."""
+"""What each optimizer step was like, for the log and the monitors."""
 
 from __future__ import annotations
 
@@ -11,22 +11,28 @@ from torch import Tensor
 
 from zerolith.comm import Comm
 from zerolith.memory import resident_bytes
+from zerolith.observe.logs import Logs, StepNumbers
 from zerolith.observe.monitors import Monitor
 
 
 class Watch:
-    """Collects losses, tokens and time between steps, and tells the monitors on rank 0; without any it does nothing.
+    """Collects losses, tokens and time between steps, and tells the log and the monitors on rank 0.
 
-    `make` opens the monitors; it is called on rank 0 alone.
+    `make` opens the monitors; it is called on rank 0 alone. Only where there are monitors something is sent.
     """
 
-    def __init__(self, comm: Comm, make: Callable[[], Sequence[Monitor]], *, enabled: bool) -> None:
+    def __init__(self, comm: Comm, logs: Logs, make: Callable[[], Sequence[Monitor]], *, enabled: bool) -> None:
         self._comm = comm
+        self._logs = logs
         self.enabled = enabled
         self._monitors = list(make()) if enabled and comm.rank == 0 else []
         self._losses: list[Tensor] = []
+        self._weight = 0.0  # of the losses, in sum
         self._tokens = 0
         self._last = time.perf_counter()
+        is_read_aside = logs.shows_loss and not enabled and comm.device.type == "cuda"
+        self._aside = torch.cuda.Stream(comm.device) if is_read_aside else None
+        self._computed = torch.cuda.Event() if is_read_aside else None  # the last loss
 
     def saw_inputs(self, inputs: Any) -> None:
         """Count the tokens of a forward: the elements of its first tensor of integers."""
@@ -39,31 +45,61 @@ class Watch:
 
     def saw_loss(self, loss: Tensor, *, weight: float) -> None:
         """Remember a micro-batch's loss times its weight. Does not wait for the device."""
-        if self.enabled:
+        if self.enabled or self._logs.shows_loss:
             self._losses.append(loss.detach().float().reshape(()) * weight)
+            self._weight += weight
+            if self._computed is not None:
+                self._computed.record()
 
-    def stepped(self, numbers: Mapping[str, float], *, samples: int, new_samples: int) -> None:
-        """Write down a step. Collective over all ranks where there are monitors."""
-        if not self.enabled:
-            return
-        total = torch.stack(self._losses).sum().item() if self._losses else 0.0
-        loss, count, tokens = self._comm.sum([total, len(self._losses), self._tokens], name="monitors")
+    def stepped(self, numbers: StepNumbers, *, new_samples: int) -> None:
+        """Log a step where it is due, and write it down. Collective over all ranks where there are monitors."""
+        loss, tokens = self._over_ranks() if self.enabled else (self._own_loss(numbers.step), None)
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         self._losses.clear()
-        self._tokens = 0
-        found = {"train_loss": loss / count} if count else {}
-        found |= {**numbers, "samples_per_second": new_samples / seconds, "memory_mb": _memory_bytes(self._comm) / 1e6}
-        if tokens:
-            found["tokens_per_second"] = tokens / seconds
-        for monitor in self._monitors:
-            monitor.write({f"Train/Samples/{name}": value for name, value in found.items()}, samples)
+        self._weight, self._tokens = 0.0, 0
+        found = {
+            "loss": loss,
+            "samples_per_second": new_samples / seconds,
+            "tokens_per_second": tokens / seconds if tokens else None,
+            "memory_mb": _memory_bytes(self._comm) / 1e6 if self.enabled else None,
+        }
+        known = {name: value for name, value in found.items() if value is not None}
+        self._logs.stepped(numbers, known)
+        if self._monitors:
+            self._write(numbers, known)
 
     def remove(self) -> None:
         """Close what was opened."""
         for monitor in self._monitors:
             monitor.close()
         self._monitors.clear()
+        self._logs.remove()
+
+    def _write(self, numbers: StepNumbers, found: Mapping[str, float]) -> None:
+        written = {"lr": numbers.lr[0], "grad_norm": numbers.grad_norm, "loss_scale": numbers.loss_scale}
+        written["skipped_steps"] = numbers.skipped_steps
+        written |= {"train_loss" if name == "loss" else name: value for name, value in found.items()}
+        for monitor in self._monitors:
+            monitor.write({f"Train/Samples/{name}": value for name, value in written.items()}, numbers.samples)
+
+    def _over_ranks(self) -> tuple[float | None, float]:
+        """Mean of all losses since the last step, if there were any, and the number of tokens. Collective."""
+        total = self._sum() if self._losses else 0.0
+        loss, count, tokens = self._comm.sum([total, len(self._losses), self._tokens], name="monitors")
+        return loss / count if count else None, tokens
+
+    def _own_loss(self, step: int) -> float | None:
+        """Mean of this rank's losses since the last step, for the log alone."""
+        return self._sum() / self._weight if self._weight and self._logs.is_due(step) else None
+
+    def _sum(self) -> float:
+        """Of this rank's losses. Read aside, it waits for them alone, not for what was queued after them."""
+        if self._aside is None or self._computed is None:
+            return torch.stack(self._losses).sum().item()
+        with torch.cuda.stream(self._aside):
+            self._aside.wait_event(self._computed)
+            return torch.stack(self._losses).sum().item()
 
 
 def _memory_bytes(comm: Comm) -> int:

@@ -39,7 +39,8 @@ class WholeTensors:
 
     def put_values(self, shard: FlatBuffer) -> None:
         """From the owners' masters to every rank's shard of the weights, in the weights' dtype. Collective."""
-        whole = {index: param.detach().to(shard.data.dtype) for index, param in self.params.items()}
+        device, dtype = shard.data.device, shard.data.dtype
+        whole = {index: param.detach().to(device, dtype) for index, param in self.params.items()}
         self._move(self._in_whole(whole), self._in_shard(shard), shard.data.dtype, name=self.section.name)
 
     def _parts(self, *, holder: int, owner: int) -> list[tuple[int, Range]]:

@@ -7,21 +7,26 @@ replaced, by flat pieces of the masters (ELEMENT) or by whole tensors (TENSOR).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from zerolith.comm import Comm
-from zerolith.errors import OptimizerError
+from zerolith.comm import Comm, agree
+from zerolith.errors import OffloadError, OptimizerError
 from zerolith.gradients import Gradients
 from zerolith.layout import Range, merge_runs
+from zerolith.memory import SwapFile
 from zerolith.optim.exchange import WholeTensors
-from zerolith.section import Granularity
+from zerolith.optim.residency import Residency
+from zerolith.section import Granularity, Section
+
+SMALLEST_KEPT = 4096  # bytes of a state that is worth a place on disk
 
 State = dict[str, Any]  # what an optimizer keeps for one tensor: tensors and anything else
 
@@ -44,8 +49,11 @@ class Piece:
 class PartitionedOptimizer:
     """Owner of the pieces of all sections; steps them with `inner`."""
 
-    def __init__(self, inner: Optimizer, gradients: Sequence[Gradients], comm: Comm) -> None:
+    def __init__(
+        self, inner: Optimizer, gradients: Sequence[Gradients], comm: Comm, *, swap: SwapFile | None = None
+    ) -> None:
         self.inner = inner
+        self.comm = comm
         self.gradients = list(gradients)
         self.whole = {own: WholeTensors(own.section, comm) for own in gradients if own.section.main is None}
         self.pieces = {own: self._cut(own) for own in gradients}
@@ -54,18 +62,54 @@ class PartitionedOptimizer:
         given = {id(param): state for param, state in inner.state.items()}
         inner.state.clear()
         self._carry_over(given)
-        self._hand_over()
+        self._hand_over(self.gradients)
+        self._hidden: dict[nn.Parameter, State] = {}  # states of pieces that are on disk
+        self.residency = Residency(swap, self)
+        for own in self.gradients:
+            own.section.resident = partial(self.residency.resident, own)
+            with self.residency.resident(own):
+                pass  # from here on it is on disk
 
-    def step(self, used: Sequence[Sequence[bool]]) -> None:
-        """Step every piece whose parameters had a gradient, and publish nothing yet.
+    def step(self, used: Sequence[Sequence[bool]], publish: Callable[[Sequence[Section]], None]) -> None:
+        """Step every piece whose parameters had a gradient; `publish` then brings sections' masters to the weights.
 
         used: per section, per parameter. A parameter without a gradient on any rank keeps its value, its
-        momentum and its own step count. Collective where whole tensors are exchanged.
+        momentum and its own step count. Collective. Raises OffloadError, on every rank, if a state cannot be brought
+        from disk or back to it; weights and states are a mixture of two steps then.
         """
+        self._check_groups()
         for own, flags in zip(self.gradients, used, strict=True):
-            self.pieces[own] = [part for piece in self.pieces[own] for part in self._by_use(piece, flags)]
-        self._hand_over()
-        for own, flags in zip(self.gradients, used, strict=True):
+            if self._mixes_use(own, flags):
+                with self.residency.resident(own):
+                    self.pieces[own] = [part for piece in self.pieces[own] for part in self._by_use(piece, flags)]
+                    self._hand_over([own] if self.residency.is_swapped else self.gradients)
+        if not self.residency.is_swapped:
+            self._step_together(self.gradients, used)
+            publish([own.section for own in self.gradients])
+            return
+        error: Exception | None = None
+        for number, (own, flags) in enumerate(zip(self.gradients, used, strict=True)):
+            is_stepped = False
+            try:
+                with self.residency.resident(own):
+                    self.residency.prefetch(self.gradients[(number + 1) % len(self.gradients)])
+                    self._step_together([own], [flags])
+                    publish([own.section])
+                    is_stepped = True
+            except OffloadError as caught:
+                error = caught
+                self.residency.abandon()
+                if not is_stepped:  # the other ranks wait for this one's part, whatever is in it
+                    self._step_together([own], [flags])
+                    publish([own.section])
+        try:
+            agree(self.comm, error, doing="stepping from disk", kind=OffloadError)
+        except OffloadError:
+            self.residency.abandon()  # on every rank, so that all of them step alike if they load and go on
+            raise
+
+    def _step_together(self, gradients: Sequence[Gradients], used: Sequence[Sequence[bool]]) -> None:
+        for own, flags in zip(gradients, used, strict=True):
             self._set_grads(own, flags)
         self.is_stepping = True
         try:
@@ -75,8 +119,42 @@ class PartitionedOptimizer:
             for group in self.inner.param_groups:
                 for param in group["params"]:
                     param.grad = None
-        for own, tensors in self.whole.items():
-            tensors.put_values(own.section.weights.own())
+        for own in gradients:
+            if own in self.whole:
+                self.whole[own].put_values(own.section.weights.own())
+
+    def kept(self, own: Gradients) -> Iterator[Tensor]:
+        """A section's masters, unless they are its weights, and all its states of more than a few elements."""
+        section = own.section
+        if section.main is not None and not section.main.shares_memory_with(section.weights):
+            yield section.main.data
+        yield from section.masters.values()
+        for piece in self.pieces[own]:
+            for value in self.inner.state.get(piece.param, {}).values():
+                if isinstance(value, Tensor) and value.nbytes >= SMALLEST_KEPT:
+                    yield value
+
+    def show(self, own: Gradients) -> None:
+        """A section's masters and states are in memory again: the optimizer steps them."""
+        for piece in self.pieces[own]:
+            self.inner.param_groups[piece.group]["params"].append(piece.param)
+            if piece.param in self._hidden:
+                self.inner.state[piece.param] = self._hidden.pop(piece.param)
+
+    def hide(self, own: Gradients) -> None:
+        """They go to disk: the optimizer, and whoever looks into it, does not see them."""
+        hidden = {id(piece.param) for piece in self.pieces[own]}
+        for group in self.inner.param_groups:
+            group["params"] = [param for param in group["params"] if id(param) not in hidden]
+        for piece in self.pieces[own]:
+            if piece.param in self.inner.state:
+                self._hidden[piece.param] = self.inner.state.pop(piece.param)
+
+    def group_of(self, param: Tensor) -> Mapping[str, Any]:
+        """The options with which a stepped tensor is stepped."""
+        number = next(piece.group for piece in chain(*self.pieces.values()) if piece.param is param)
+        options: Mapping[str, Any] = self.inner.param_groups[number]
+        return options
 
     def locate(self, own: Gradients, index: int) -> Iterator[tuple[nn.Parameter, Range, Range]]:
         """Where slot `index` lies on this rank: (stepped tensor, range in it, range in the slot), flattened."""
@@ -86,8 +164,21 @@ class PartitionedOptimizer:
             if part.numel:
                 yield piece.param, part.shift(-piece.range.start), part.shift(-slot.start)
 
+    def restart(self, own: Gradients, kinds: Sequence[int]) -> None:
+        """Cut a section anew, without states: neighbouring parameters are stepped as one if they are of one kind."""
+        for piece in self.pieces[own]:
+            self.inner.state.pop(piece.param, None)
+        slots = own.section.layout.slots
+        self.pieces[own] = [
+            self._part(piece, run, {}) if run != piece.range else piece
+            for piece in self._cut(own)
+            for _, run in merge_runs((kinds[index], slots[index].padded.clip(piece.range)) for index in piece.slots())
+        ]
+        self._hand_over([own] if self.residency.is_swapped else self.gradients)
+
     def let_go(self) -> None:
         """Give the optimizer back as it came: over the client's tensors, without state."""
+        self.residency.close()
         self.inner.state.clear()
         for group, params in zip(self.inner.param_groups, self._given, strict=False):  # groups added since stay
             group["params"] = params
@@ -103,7 +194,7 @@ class PartitionedOptimizer:
                 for param, held, part in self.locate(own, index):
                     for name, value in state.items():
                         mine = self.inner.state[param]
-                        if _is_per_element(name, value, member.param.shape):
+                        if is_per_element(name, value, member.param.shape):
                             flat = mine.setdefault(name, torch.zeros_like(param.detach())).view(-1)
                             flat[held.start : held.stop] = value.detach().reshape(-1)[part.start : part.stop]
                         else:
@@ -127,7 +218,10 @@ class PartitionedOptimizer:
             slots = piece.slots()
             if any(flags[index] for index in slots):
                 grad = whole[slots[0]] if whole else own.sum.at(piece.range)
-                piece.param.grad = grad.view_as(piece.param).to(piece.param.dtype)
+                piece.param.grad = grad.view_as(piece.param).to(piece.param.device, piece.param.dtype)
+
+    def _mixes_use(self, own: Gradients, flags: Sequence[bool]) -> bool:
+        return any(len({flags[index] for index in piece.slots()}) > 1 for piece in self.pieces[own])
 
     def _by_use(self, piece: Piece, flags: Sequence[bool]) -> list[Piece]:
         """The piece, or its parts if only some of its parameters had a gradient; they stay apart from then on."""
@@ -143,21 +237,26 @@ class PartitionedOptimizer:
         where = slice(run.start - piece.range.start, run.stop - piece.range.start)
         part = Piece(piece.gradients, run, piece.group, nn.Parameter(piece.param.detach()[where]))
         for name, value in state.items():
-            is_cut = _is_per_element(name, value, piece.param.shape)
+            is_cut = is_per_element(name, value, piece.param.shape)
             self.inner.state[part.param][name] = value[where].clone() if is_cut else copy.deepcopy(value)
         return part
 
-    def _hand_over(self) -> None:
+    def _check_groups(self) -> None:
         if len(self.inner.param_groups) != len(self._given):
             raise OptimizerError(
                 f"the optimizer has {len(self.inner.param_groups)} param groups and had {len(self._given)} when "
                 "initialize sharded them; add groups before it"
             )
+
+    def _hand_over(self, gradients: Sequence[Gradients]) -> None:
+        """Let the optimizer step the pieces of these sections, and nothing else."""
         for group in self.inner.param_groups:
             group["params"] = []
-        for piece in chain(*self.pieces.values()):
-            self.inner.param_groups[piece.group]["params"].append(piece.param)
+        for own in gradients:
+            for piece in self.pieces[own]:
+                self.inner.param_groups[piece.group]["params"].append(piece.param)
 
 
-def _is_per_element(name: str, value: object, shape: torch.Size) -> bool:
+def is_per_element(name: str, value: object, shape: torch.Size) -> TypeGuard[Tensor]:
+    """Whether the state `name` of a tensor of `shape` has a number for each of its elements."""
     return isinstance(value, Tensor) and value.shape == shape and (value.dim() > 0 or name != "step")

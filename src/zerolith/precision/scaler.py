@@ -7,7 +7,9 @@ only then is the scale changed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from zerolith.errors import ScaleError
 
@@ -60,6 +62,12 @@ class LossScaler:
 
     def state_dict(self) -> dict[str, float | int | bool]:
         return asdict(self)
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on from the scale of an earlier run, by the rule of this one; not if either has a fixed scale."""
+        if self.dynamic and state["dynamic"]:
+            self.scale = max(state["scale"], self.minimum)
+            self.good_steps, self.hysteresis_left = state["good_steps"], state["hysteresis_left"]
 
     def load_state_dict(self, state: dict[str, float | int | bool]) -> None:
         vars(self).update(state)

@@ -24,7 +24,8 @@ Part = tuple[Tensor, Range]  # a flat view, and where it lies in the flattened p
 def safe_get_full_fp32_param(param: Tensor) -> Tensor | None:
     """The master weights, in the parameter's shape and the master dtype; None if the parameter is not trained."""
     owner = _owner(param)
-    return None if owner.gradients is None else _whole(owner, _stepped_parts(owner))
+    with owner.resident():
+        return None if owner.gradients is None else _whole(owner, _stepped_parts(owner))
 
 
 def safe_get_full_grad(param: Tensor) -> Tensor | None:
@@ -38,14 +39,16 @@ def safe_get_full_grad(param: Tensor) -> Tensor | None:
 def safe_get_full_optimizer_state(param: Tensor, optim_state_key: str) -> Tensor | None:
     """The optimizer's state `optim_state_key` (exp_avg, momentum_buffer, ...), in the parameter's shape."""
     owner = _owner(param)
-    return None if owner.gradients is None else _whole(owner, _stepped_parts(owner, optim_state_key))
+    with owner.resident():
+        return None if owner.gradients is None else _whole(owner, _stepped_parts(owner, optim_state_key))
 
 
 def safe_set_full_fp32_param(param: Tensor, value: Tensor) -> None:
     """Overwrite the master weights and the weights. `value`: the whole tensor, the same on every rank."""
     owner = _owner(param)
     flat = _checked(param, value)
-    _write(_stepped_parts(owner), flat)
+    with owner.resident():
+        _write(_stepped_parts(owner), flat)
     owner.place.section.write_slot(owner.place.index, flat)
 
 
@@ -57,13 +60,16 @@ def safe_set_full_grad(param: Tensor, value: Tensor) -> None:
 
 def safe_set_full_optimizer_state(param: Tensor, value: Tensor, optim_state_key: str) -> None:
     """Overwrite an optimizer state. `value`: the whole tensor, the same on every rank."""
-    _write(_stepped_parts(_owner(param), optim_state_key), _checked(param, value))
+    owner = _owner(param)
+    with owner.resident():
+        _write(_stepped_parts(owner, optim_state_key), _checked(param, value))
 
 
 def safe_get_local_fp32_param(param: Tensor) -> Tensor | None:
     """This rank's flat part of the master weights; empty if it has none."""
     owner = _owner(param)
-    return None if owner.gradients is None else _local(_stepped_parts(owner), param)
+    with owner.resident():
+        return None if owner.gradients is None else _local(_stepped_parts(owner), param)
 
 
 def safe_get_local_grad(param: Tensor) -> Tensor | None:
@@ -75,12 +81,15 @@ def safe_get_local_grad(param: Tensor) -> Tensor | None:
 def safe_get_local_optimizer_state(param: Tensor, optim_state_key: str) -> Tensor | None:
     """This rank's flat part of an optimizer state."""
     owner = _owner(param)
-    return None if owner.gradients is None else _local(_stepped_parts(owner, optim_state_key), param)
+    with owner.resident():
+        return None if owner.gradients is None else _local(_stepped_parts(owner, optim_state_key), param)
 
 
 def safe_set_local_fp32_param(param: Tensor, value: Tensor) -> None:
     """Overwrite this rank's flat part of the master weights; the weights follow at the next step."""
-    _write_local(_stepped_parts(_owner(param)), value)
+    owner = _owner(param)
+    with owner.resident():
+        _write_local(_stepped_parts(owner), value)
 
 
 def safe_set_local_grad(param: Tensor, value: Tensor) -> None:
@@ -91,7 +100,9 @@ def safe_set_local_grad(param: Tensor, value: Tensor) -> None:
 
 def safe_set_local_optimizer_state(param: Tensor, value: Tensor, optim_state_key: str) -> None:
     """Overwrite this rank's flat part of an optimizer state."""
-    _write_local(_stepped_parts(_owner(param), optim_state_key), value)
+    owner = _owner(param)
+    with owner.resident():
+        _write_local(_stepped_parts(owner, optim_state_key), value)
 
 
 def _owner(param: Tensor) -> Owner:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -25,6 +26,10 @@ class Owner:
     @property
     def gradients(self) -> Gradients | None:
         return self.sharded.gradients_of(self.place.section)
+
+    def resident(self) -> AbstractContextManager[None]:
+        """In which the parameter's master and optimizer states may be touched."""
+        return self.place.section.resident()
 
 
 _Known = tuple[PartitionedOptimizer | None, Callable[[], float]]

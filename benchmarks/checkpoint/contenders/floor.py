@@ -1,0 +1,78 @@
+"""Plain sequential writing and reading of as many bytes, one file per rank. Standard library only."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+
+from benchmarks.checkpoint.job import StoreJob
+
+MIB = 2**20
+PAGE_BYTES = 4096  # O_DIRECT's unit
+BLOCK_BYTES = 64 * MIB  # of random bytes, repeated
+
+
+def build(job: StoreJob, *, buffer_mib: int, direct: bool) -> Floor:
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    size = -(-job.state_bytes // (world * PAGE_BYTES)) * PAGE_BYTES
+    return Floor(size, rank, buffer_bytes=buffer_mib * MIB, flags=os.O_DIRECT if direct else 0)
+
+
+class Floor:
+    """`size` bytes in memory, written in pieces of the buffer's size and read back into one such buffer."""
+
+    def __init__(self, size: int, rank: int, *, buffer_bytes: int, flags: int) -> None:
+        self.size = size
+        self.name = f"rank{rank}"
+        self.buffer_bytes = min(buffer_bytes, size)
+        self.flags = flags
+        self._state = memoryview(mmap.mmap(-1, size))  # pages, so that O_DIRECT may read them
+        self._buffer = memoryview(mmap.mmap(-1, self.buffer_bytes))
+        self._block = os.urandom(min(BLOCK_BYTES, size))
+
+    def state_bytes(self) -> int:
+        return self.size
+
+    def fill(self) -> None:
+        for start in range(0, self.size, len(self._block)):
+            part = self._state[start : start + len(self._block)]
+            part[:] = self._block[: len(part)]
+        self._buffer[:] = bytes(self.buffer_bytes)  # its pages are there before the clock runs
+
+    def forget(self) -> None:
+        """Nothing: what is read goes into the buffer."""
+
+    def check(self) -> None:
+        """That the buffer holds the end of what was written."""
+        last = self.size - self.size % self.buffer_bytes
+        start = last if last < self.size else last - self.buffer_bytes
+        if self._buffer[: self.size - start] != self._state[start:]:
+            raise ValueError("what was read is not what was written.")
+
+    def save(self, path: Path) -> None:
+        path.mkdir(exist_ok=True)
+        file = os.open(path / self.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | self.flags, 0o666)
+        try:
+            for start in range(0, self.size, self.buffer_bytes):
+                part = self._state[start : start + self.buffer_bytes]
+                while part:
+                    part = part[os.write(file, part) :]
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+    def flush(self) -> None:
+        """Nothing: `save` has synced."""
+
+    def load(self, path: Path) -> None:
+        file = os.open(path / self.name, os.O_RDONLY | self.flags)
+        try:
+            done = 0
+            while done < self.size:
+                done += os.preadv(file, [self._buffer[: self.size - done]], done)
+        finally:
+            os.close(file)
+
+    def close(self) -> None:
+        """Nothing: the process ends."""

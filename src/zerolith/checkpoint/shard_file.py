@@ -1,0 +1,140 @@
+"""One rank's data file: a safetensors file whose chunks are hashed in memory before they are written."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from zerolith.checkpoint.content import Part
+from zerolith.checkpoint.disk import READ, Disk, bytes_of, read_into
+from zerolith.checkpoint.manifest import CHUNK_BYTES, DTYPES, NAMES, FileRecord, Piece, TensorRecord, checksum
+from zerolith.errors import CheckpointDamagedError
+
+HEADER_ALIGNMENT = 64  # bytes: safetensors' own writer pads to 8
+STAGED_BYTES = 16 * CHUNK_BYTES  # of tensors on a device, copied to the host at a time; a multiple of a chunk
+WRITTEN_BYTES = 16 * CHUNK_BYTES  # in one call
+
+
+class Written(NamedTuple):
+    """A data file as the manifest knows it; pieces name file 0."""
+
+    file: FileRecord
+    tensors: dict[str, TensorRecord]
+
+
+def write_shard(
+    disk: Disk, path: Path, parts: Sequence[Part], *, checkpoint: str, hasher: Executor | None = None
+) -> Written:
+    """Write `parts`, none of them empty unless its tensor is, to the new file `path` and see it safe on disk.
+
+    `hasher` computes checksums beside the writing. Raises OSError, and leaves the file as it is then.
+    """
+    parts = sorted(parts, key=lambda part: -part.data.element_size())
+    metadata = {"format": "zerolith", "checkpoint": checkpoint}
+    header = safetensors_header([_described(part) for part in parts], metadata)
+    file = disk.create(path)
+    try:
+        disk.write(file, memoryview(header))
+        digests = [_write_part(disk, file, part.make() if part.make else part.data, hasher) for part in parts]
+        disk.sync(file)
+    finally:
+        os.close(file)
+    tensors: dict[str, TensorRecord] = {}
+    offset = len(header)
+    for part, digest in zip(parts, digests, strict=True):
+        record = TensorRecord(dtype=NAMES[part.data.dtype], shape=list(part.shape), pieces=[])
+        piece = Piece(file=0, start=part.range.start, stop=part.range.stop, offset=offset, xxh3=digest)
+        tensors.setdefault(part.name, record).pieces.extend([piece] if part.range.numel else [])
+        offset += part.data.nbytes
+    return Written(FileRecord(name=path.name, bytes=offset, header_xxh3=checksum(header)), tensors)
+
+
+def read_back(path: Path, written: Written) -> None:
+    """Compare what the disk gives back with what was meant. Raises CheckpointDamagedError, and OSError."""
+    file = os.open(path, READ)
+    try:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)  # not from memory, where it surely is right
+        for name, record in written.tensors.items():
+            for piece in record.pieces:
+                _compare(file, path, name, piece, (piece.stop - piece.start) * DTYPES[record.dtype].itemsize)
+    finally:
+        os.close(file)
+
+
+def _compare(file: int, path: Path, name: str, piece: Piece, size: int) -> None:
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    for number, digest in enumerate(piece.xxh3):
+        start = number * CHUNK_BYTES
+        chunk = buffer[: min(CHUNK_BYTES, size - start)]
+        if read_into(file, chunk, offset=piece.offset + start) < len(chunk) or checksum(chunk) != digest:
+            raise CheckpointDamagedError(
+                f"{path}: bytes {piece.offset + start} to {piece.offset + start + len(chunk)} of tensor {name!r} are "
+                "not what was written a moment ago; the disk or its driver is broken"
+            )
+
+
+def safetensors_header(tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], metadata: dict[str, str]) -> bytes:
+    """What a safetensors file begins with, for tensors (key, dtype, shape) that follow one another."""
+    entries: dict[str, object] = {"__metadata__": metadata}
+    offset = 0
+    for key, dtype, shape in tensors:
+        stop = offset + _numel(shape) * dtype.itemsize
+        entries[key] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, stop]}
+        offset = stop
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % HEADER_ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _described(part: Part) -> tuple[str, torch.dtype, tuple[int, ...]]:
+    """How a part is found in the file: a whole tensor by its name and shape, a range as a flat tensor of its own."""
+    if part.range.numel == _numel(part.shape):
+        return part.name, part.data.dtype, part.shape
+    return f"{part.name}[{part.range.start}:{part.range.stop}]", part.data.dtype, (part.range.numel,)
+
+
+def _numel(shape: Sequence[int]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _write_part(disk: Disk, file: int, data: Tensor, hasher: Executor | None) -> list[str]:
+    digests: list[str] = []
+    for block in _blocks(data):
+        behind = _start(hasher, block) if hasher is not None and len(block) > CHUNK_BYTES else None
+        for start in range(0, len(block), WRITTEN_BYTES):
+            disk.write(file, block[start : start + WRITTEN_BYTES])
+        digests += behind.result() if behind is not None else _digests(block)
+    return digests
+
+
+def _start(hasher: Executor, block: memoryview) -> Future[list[str]] | None:
+    try:
+        return hasher.submit(_digests, block)
+    except RuntimeError:  # the interpreter is at its end, and waits for the thread that writes
+        return None
+
+
+def _digests(block: memoryview) -> list[str]:
+    return [checksum(block[start : start + CHUNK_BYTES]) for start in range(0, len(block), CHUNK_BYTES)]
+
+
+def _blocks(data: Tensor) -> Iterator[memoryview]:
+    """The tensor's bytes; those on a device pass through pinned memory, some at a time."""
+    if data.device.type == "cpu":
+        data = data.contiguous()
+        yield bytes_of(data)
+        return
+    per_block = STAGED_BYTES // data.element_size()
+    staging = torch.empty(min(per_block, data.numel()), dtype=data.dtype, pin_memory=True)
+    for start in range(0, data.numel(), per_block):
+        block = data[start : start + per_block]
+        staging[: block.numel()].copy_(block)
+        yield bytes_of(staging[: block.numel()])

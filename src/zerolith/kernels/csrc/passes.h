@@ -1,0 +1,251 @@
+// One pass over memory: the loops around the rules, the sums, and the split.
+#pragma once
+
+#include "rules.h"
+
+namespace {
+
+constexpr Index ROW = 32;  // elements of one turn of a loop: a cache line of bf16
+
+// --- where weights lie ----------------------------------------------------------------------------------------------
+
+struct PlainMaster {
+    static constexpr int bytes = 4, remainder_bytes = 0;
+    static Floats read(const Streams& s, Index at) { return load<Floats>(static_cast<float*>(s.master) + at); }
+    static void write(const Streams& s, Index at, Floats x) { store(static_cast<float*>(s.master) + at, x); }
+};
+
+struct SplitMaster {
+    static constexpr int bytes = 2, remainder_bytes = 2;
+    static Floats read(const Streams& s, Index at) {
+        return join({load<Vector<uint16_t, W>>(static_cast<uint16_t*>(s.master) + at),
+                     load<Vector<int16_t, W>>(s.remainder + at)});
+    }
+    static void write(const Streams& s, Index at, Floats x) {
+        const Halves halves = split(x);
+        store(static_cast<uint16_t*>(s.master) + at, halves.weight);
+        store(s.remainder + at, halves.remainder);
+    }
+};
+
+struct Nowhere {
+    static constexpr int bytes = 0;
+};
+
+template <class Format>
+inline char* item(const void* base, Index at) {
+    return const_cast<char*>(static_cast<const char*>(base)) + at * Format::bytes;
+}
+
+#ifdef PF
+template <int bytes> inline void fetch(const void* base, Index row) {
+    const char* p = (const char*)base + (row) * bytes + PF;
+    for (int line = 0; line < ROW*bytes; line += 64) __builtin_prefetch(p + line, 0, 3);
+}
+#endif
+// --- updates --------------------------------------------------------------------------------------------------------
+
+template <class Rule, class Grad, class Master, class Out, bool streaming>
+inline void update_rows(const Scalars& given, const Streams& streams, Index begin, Index end) {
+    const Constants k(given);
+    const Streams s = streams;
+    for (Index row = begin; row < end; row += ROW) {
+#ifdef PF
+        fetch<Grad::bytes>(s.grad, row); fetch<Master::bytes>(s.master, row);
+        if constexpr (Rule::states > 0) fetch<4>(s.first, row);
+        if constexpr (Rule::states > 1) fetch<4>(s.second, row);
+        if constexpr (Out::bytes>0 && !streaming) fetch<Out::bytes>(s.out, row);
+#endif
+#pragma GCC unroll 8
+        for (int part = 0; part < ROW / W; ++part) {
+            const Index at = row + part * W;
+            Floats weight = Master::read(s, at), first = {}, second = {};
+            if constexpr (Rule::states > 0) first = load<Floats>(s.first + at);
+            if constexpr (Rule::states > 1) second = load<Floats>(s.second + at);
+            Rule::apply(k, Grad::widen(item<Grad>(s.grad, at)) * k.grad_factor, weight, first, second);
+            Master::write(s, at, weight);
+            if constexpr (Rule::states > 0) store(s.first + at, first);
+            if constexpr (Rule::states > 1) store(s.second + at, second);
+            if constexpr (Out::bytes > 0) {
+                if constexpr (streaming) {
+                    stream(item<Out>(s.out, at), Out::narrow(weight));
+                } else {
+                    store(item<Out>(s.out, at), Out::narrow(weight));
+                }
+            }
+        }
+    }
+}
+
+// Fewer elements than a row, by way of a row of their own.
+template <class Rule, class Grad, class Master, class Out>
+void update_part(const Scalars& k, const Streams& s, Index begin, Index end) {
+    alignas(64) char grad[ROW * 4] = {}, master[ROW * 4] = {}, out[ROW * 4] = {};
+    int16_t remainder[ROW] = {};
+    float first[ROW] = {}, second[ROW] = {};
+    const Streams row = {grad, master, remainder, first, second, out};
+    const Index count = end - begin;
+    __builtin_memcpy(grad, item<Grad>(s.grad, begin), count * Grad::bytes);
+    __builtin_memcpy(master, item<Master>(s.master, begin), count * Master::bytes);
+    if constexpr (Master::remainder_bytes > 0) __builtin_memcpy(remainder, s.remainder + begin, count * 2);
+    if constexpr (Rule::states > 0) __builtin_memcpy(first, s.first + begin, count * 4);
+    if constexpr (Rule::states > 1) __builtin_memcpy(second, s.second + begin, count * 4);
+    update_rows<Rule, Grad, Master, Out, false>(k, row, 0, ROW);
+    __builtin_memcpy(item<Master>(s.master, begin), master, count * Master::bytes);
+    if constexpr (Master::remainder_bytes > 0) __builtin_memcpy(s.remainder + begin, remainder, count * 2);
+    if constexpr (Rule::states > 0) __builtin_memcpy(s.first + begin, first, count * 4);
+    if constexpr (Rule::states > 1) __builtin_memcpy(s.second + begin, second, count * 4);
+    if constexpr (Out::bytes > 0) __builtin_memcpy(item<Out>(s.out, begin), out, count * Out::bytes);
+}
+
+// Elements until `out` is at the head of a cache line.
+template <class Out>
+inline Index misaligned(const void* out, Index numel) {
+    const Index count = (-(uintptr_t)out & 63) / Out::bytes;
+    return count < numel ? count : numel;
+}
+
+template <class Rule, class Grad, class Master, class Out>
+void update(const Scalars& k, const Streams& s, Index numel, bool streaming) {
+    Index begin = 0;
+    if constexpr (Out::bytes > 0) {
+        if (streaming) {
+            begin = misaligned<Out>(s.out, numel);
+            if (begin > 0) update_part<Rule, Grad, Master, Out>(k, s, 0, begin);
+        }
+    }
+    const Index end = begin + (numel - begin) / ROW * ROW;
+    if (Out::bytes > 0 && streaming) {
+        update_rows<Rule, Grad, Master, Out, true>(k, s, begin, end);
+        end_streams();
+    } else {
+        update_rows<Rule, Grad, Master, Out, false>(k, s, begin, end);
+    }
+    if (end < numel) update_part<Rule, Grad, Master, Out>(k, s, end, numel);
+}
+
+// --- sums -----------------------------------------------------------------------------------------------------------
+
+constexpr int LANES = 16;     // of a block: lane j adds the squares of elements j, j + 16, ...
+constexpr int HALF = W / 2;   // doubles at a time
+using Doubles = Vector<double, HALF>;
+
+// Squares of fp32 numbers are exact in fp64 and never overflow; each addition rounds once, in an order that is fixed:
+// lanes from the head of the block, then lane j and lane j + 8, j + 4, j + 2, j + 1.
+template <class Format>
+inline double block_square_sum(const char* values) {
+    Doubles lanes[LANES / HALF] = {};
+    for (Index row = 0; row < BLOCK; row += LANES) {
+#pragma GCC unroll 8
+        for (int part = 0; part < LANES / HALF; ++part) {
+            const Doubles x = __builtin_convertvector(
+                Format::template widen<HALF>(values + (row + part * HALF) * Format::bytes), Doubles);
+            lanes[part] += x * x;
+        }
+    }
+    double terms[LANES];
+    __builtin_memcpy(terms, lanes, sizeof terms);
+    for (int width = LANES / 2; width > 0; width /= 2)
+        for (int lane = 0; lane < width; ++lane) terms[lane] += terms[lane + width];
+    return terms[0];
+}
+
+template <class Format>
+inline void add_block(float* sum, const char* values) {
+#pragma GCC unroll 8
+    for (Index at = 0; at < BLOCK; at += W) store(sum + at, load<Floats>(sum + at) + Format::widen(values + at * Format::bytes));
+}
+
+template <class Format, bool accumulating>
+inline double sum_block(const char* values, float* sum) {
+    if constexpr (!accumulating) return block_square_sum<Format>(values);
+    add_block<Format>(sum, values);
+    return block_square_sum<Fp32>(reinterpret_cast<const char*>(sum));
+}
+
+// Fewer elements than a block, filled up with zeros.
+template <class Format, bool accumulating>
+double sum_part(const char* values, float* sum, Index count) {
+    alignas(64) char padded[BLOCK * 4] = {};
+    alignas(64) float padded_sum[BLOCK] = {};
+    __builtin_memcpy(padded, values, count * Format::bytes);
+    if (accumulating) __builtin_memcpy(padded_sum, sum, count * 4);
+    const double term = sum_block<Format, accumulating>(padded, padded_sum);
+    if (accumulating) __builtin_memcpy(sum, padded_sum, count * 4);
+    return term;
+}
+
+// The sum of squares of `numel` elements, a chunk or less, block after block; of the new `sum` if accumulating.
+template <class Format, bool accumulating>
+double square_sum(const void* values, float* sum, Index numel, double* blocks) {
+    double total = 0.0;
+    for (Index begin = 0; begin < numel; begin += BLOCK) {
+        const char* from = item<Format>(values, begin);
+        const Index count = numel - begin;
+        const double term = count < BLOCK ? sum_part<Format, accumulating>(from, sum + begin, count)
+                                          : sum_block<Format, accumulating>(from, sum + begin);
+        if (blocks) blocks[begin / BLOCK] = term;
+        total += term;
+    }
+    return total;
+}
+
+// --- the split ------------------------------------------------------------------------------------------------------
+
+inline void split_some(float* master, uint16_t* weight, int16_t* remainder, Index count) {
+    Floats x = {};
+    __builtin_memcpy(&x, master, count * 4);
+    const Halves halves = split(x);
+    __builtin_memcpy(weight, &halves.weight, count * 2);
+    __builtin_memcpy(remainder, &halves.remainder, count * 2);
+}
+
+inline void join_some(float* master, uint16_t* weight, int16_t* remainder, Index count) {
+    Halves halves = {};
+    __builtin_memcpy(&halves.weight, weight, count * 2);
+    __builtin_memcpy(&halves.remainder, remainder, count * 2);
+    const Floats x = join(halves);
+    __builtin_memcpy(master, &x, count * 4);
+}
+
+template <void (*some)(float*, uint16_t*, int16_t*, Index)>
+void convert(float* master, uint16_t* weight, int16_t* remainder, Index numel) {
+    Index at = 0;
+    for (; at + W <= numel; at += W) some(master + at, weight + at, remainder + at, W);
+    if (at < numel) some(master + at, weight + at, remainder + at, numel - at);
+}
+
+// --- a yardstick ----------------------------------------------------------------------------------------------------
+
+// The reads and writes of Adam with weights out, in the format of the gradient, and no arithmetic: `out` becomes the
+// gradient, the other three arrays change places. Only whole rows.
+template <class Format, bool streaming>
+void copy_rows(const Streams& streams, Index numel) {
+    const Streams s = streams;
+    using Raw = Vector<uint8_t, W * Format::bytes>;
+    float* master = static_cast<float*>(s.master);
+    for (Index row = 0; row + ROW <= numel; row += ROW) {
+#pragma GCC unroll 8
+        for (int part = 0; part < ROW / W; ++part) {
+            const Index at = row + part * W;
+            const Floats weight = load<Floats>(master + at), first = load<Floats>(s.first + at);
+            store(master + at, load<Floats>(s.second + at));
+            store(s.first + at, weight);
+            store(s.second + at, first);
+            const Raw raw = load<Raw>(item<Format>(s.grad, at));
+            if constexpr (streaming) {
+                stream(item<Format>(s.out, at), raw);
+            } else {
+                store(item<Format>(s.out, at), raw);
+            }
+        }
+    }
+    if (streaming) end_streams();
+}
+
+template <class Format>
+void copy(const Streams& s, Index numel, bool streaming) {
+    streaming ? copy_rows<Format, true>(s, numel) : copy_rows<Format, false>(s, numel);
+}
+
+}  // namespace

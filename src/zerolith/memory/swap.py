@@ -1,0 +1,158 @@
+"""One rank's file on a fast disk, to which tensors go while nobody needs them. Knows memory and bytes only.
+
+Blocks are moved by a few threads, so that many requests are in flight, with O_DIRECT where the file system has it: what
+is swapped must not fill the page cache. What is read back must have the checksum that it had when it was written.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import xxhash
+
+from zerolith.errors import OffloadError
+
+ALIGNMENT = 4096  # bytes: of offsets, lengths and addresses with O_DIRECT
+BLOCK_BYTES = 4 * 2**20  # of one request
+MAX_THREADS = 8
+
+
+@dataclass(eq=False)
+class Region:
+    """A tensor's place in the file, and the checksum of each block as it was last written."""
+
+    offset: int
+    nbytes: int
+    digests: list[int] = field(default_factory=list)
+
+
+class Transfer:
+    """Reads or writes under way. `wait()` ends them and raises OffloadError if one has failed."""
+
+    def __init__(self, futures: Sequence[Future[None]]) -> None:
+        self._futures = futures
+
+    def wait(self) -> None:
+        wait(self._futures)
+        for future in self._futures:
+            future.result()
+
+
+class SwapFile:
+    """Owner of a nameless file in `folder`: when the process ends, however it does, the file is gone.
+
+    Raises OffloadError if it cannot be made. Methods may be called by one thread at a time.
+    """
+
+    def __init__(self, folder: Path, *, threads: int = 4, direct: bool = True) -> None:
+        self.folder = folder
+        self.is_direct = direct and hasattr(os, "O_DIRECT")
+        self.nbytes = 0
+        self._file = self._open()
+        self._threads = ThreadPoolExecutor(min(threads, MAX_THREADS), "zerolith swap")
+        self._local = threading.local()
+
+    def add(self, nbytes: int) -> Region:
+        """A new region, with room reserved on the disk. Raises OffloadError if there is none."""
+        region = Region(self.nbytes, nbytes)
+        room = -(-nbytes // ALIGNMENT) * ALIGNMENT
+        try:
+            if room:
+                os.posix_fallocate(self._file, self.nbytes, room)
+        except OSError as error:
+            raise self._failure(error, f"making room for {nbytes} more bytes beside {self.nbytes}") from error
+        self.nbytes += room
+        return region
+
+    def write(self, region: Region, storage: torch.UntypedStorage) -> Transfer:
+        """Begin to write the storage, which must be left alone until the transfer is waited for."""
+        region.digests = [0] * -(-region.nbytes // BLOCK_BYTES)
+        return self._start(self._write_block, region, storage)
+
+    def read(self, region: Region, storage: torch.UntypedStorage) -> Transfer:
+        """Begin to fill the storage with what was written last."""
+        return self._start(self._read_block, region, storage)
+
+    def close(self) -> None:
+        """Give the disk's room back. What is under way is ended first."""
+        self._threads.shutdown()
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def _start(
+        self, move: Callable[[Region, int, int, int], None], region: Region, storage: torch.UntypedStorage
+    ) -> Transfer:
+        address = storage.data_ptr()
+        starts = range(0, region.nbytes, BLOCK_BYTES)
+        return Transfer([self._threads.submit(move, region, number, address, n) for number, n in enumerate(starts)])
+
+    def _write_block(self, region: Region, number: int, address: int, start: int) -> None:
+        length = min(BLOCK_BYTES, region.nbytes - start)
+        bounce, where = self._bounce()
+        ctypes.memmove(where, address + start, length)
+        region.digests[number] = xxhash.xxh3_64_intdigest(bounce[:length])
+        padded = -(-length // ALIGNMENT) * ALIGNMENT
+        try:
+            done = os.pwrite(self._file, bounce[:padded], region.offset + start)
+        except OSError as error:
+            raise self._failure(error, f"writing {length} bytes at {region.offset + start}") from error
+        if done != padded:
+            raise OffloadError(f"{self.folder}: only {done} of {padded} bytes could be written to the swap file")
+
+    def _read_block(self, region: Region, number: int, address: int, start: int) -> None:
+        length = min(BLOCK_BYTES, region.nbytes - start)
+        bounce, where = self._bounce()
+        padded = -(-length // ALIGNMENT) * ALIGNMENT
+        try:
+            done = os.preadv(self._file, [bounce[:padded]], region.offset + start)
+        except OSError as error:
+            raise self._failure(error, f"reading {length} bytes at {region.offset + start}") from error
+        if done != padded or xxhash.xxh3_64_intdigest(bounce[:length]) != region.digests[number]:
+            raise OffloadError(
+                f"{self.folder}: bytes {region.offset + start} to {region.offset + start + length} of the swap file "
+                "are not what was written there; the disk is broken: go on from a checkpoint"
+            )
+        ctypes.memmove(address + start, where, length)
+
+    def _bounce(self) -> tuple[memoryview, int]:
+        """This thread's aligned block, and its address."""
+        if not hasattr(self._local, "block"):
+            block = mmap.mmap(-1, BLOCK_BYTES)
+            self._local.block = memoryview(block), ctypes.addressof(ctypes.c_char.from_buffer(block))
+        found: tuple[memoryview, int] = self._local.block
+        return found
+
+    def _open(self) -> int:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return self._nameless(os.O_DIRECT if self.is_direct else 0)
+        except OSError as error:
+            if not self.is_direct:
+                raise self._failure(error, "making the swap file") from error
+            self.is_direct = False  # tmpfs and some network file systems do not have it
+            return self._open()
+
+    def _nameless(self, flags: int) -> int:
+        if hasattr(os, "O_TMPFILE"):
+            try:
+                return os.open(self.folder, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC | flags, 0o600)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):  # a file system, or a kernel, without it
+                    raise
+        path = self.folder / f".zerolith-swap-{os.getpid()}-{id(self):x}"
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o600)
+        os.unlink(path)
+        return file
+
+    def _failure(self, error: OSError, doing: str) -> OffloadError:
+        return OffloadError(f"{self.folder}: {error.strerror or error} while {doing} in the swap file")

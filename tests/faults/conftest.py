@@ -1,0 +1,22 @@
+"""What the tests of faults share."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+MEMORY = Path("/dev/shm")
+
+
+@pytest.fixture
+def quick_path() -> Iterator[Path]:
+    """A folder in memory where there is such a thing: what matters here is the order of operations, not the disk."""
+    is_usable = MEMORY.is_dir() and os.access(MEMORY, os.W_OK)
+    path = Path(tempfile.mkdtemp(prefix="zerolith-", dir=MEMORY if is_usable else None))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)

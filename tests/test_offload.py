@@ -1,0 +1,299 @@
+"""States on disk or in host memory: the same bits as without, faults that end all ranks, and no memory kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import zerolith
+from harness import run_ranks
+from models import make_gpt, my_pieces, token_batches, whole_weights, zero_config
+from plain import world_size
+from zerolith.errors import ConfigError, OffloadError, UsageError
+from zerolith.memory import SwapFile
+from zerolith.zero import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_get_local_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+
+DATA = token_batches(5, 8)
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"bf16": {"enabled": True}},
+    "fp16": {"fp16": {"enabled": True, "initial_scale_power": 12, "loss_scale_window": 2}},
+}
+
+
+def config_for(stage: int, device: str, folder: Path, **more: Any) -> dict[str, Any]:
+    offload = {"device": device, **({"nvme_path": str(folder)} if device == "nvme" else {})}
+    micro = 8 // world_size() // 2
+    zero = {"offload_optimizer": offload, "reduce_bucket_size": 4000}
+    config = {"train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": 2, "gradient_clipping": 0.5}
+    return zero_config(stage, zero_optimization=zero, **{**config, **more})
+
+
+def train(engine: Any, data: Tensor) -> list[float]:
+    losses = []
+    for batch in data:
+        for micro in my_pieces(batch, engine):
+            loss = engine(micro)
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+    return losses
+
+
+def start(stage: int, device: str, folder: Path, *, make: Callable[..., Any] | None = None, **more: Any) -> Any:
+    config = config_for(stage, device, folder, **more)
+    if make is not None:
+        del config["optimizer"]
+    return zerolith.initialize(model=make_gpt(), config=config, optimizer=make)[0]
+
+
+def trained(stage: int, device: str, folder: Path, **more: Any) -> tuple[list[float], dict[str, Tensor], Tensor]:
+    engine = start(stage, device, folder, **more)
+    losses = train(engine, DATA)
+    masters = torch.cat([safe_get_full_fp32_param(param).flatten() for param in engine.module.parameters()])
+    weights = whole_weights(engine)
+    engine.destroy()
+    return losses, weights, masters
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_where_states_rest_changes_no_bit(stage: int, precision: str, tmp_path: Path) -> None:
+    for world in (1, 2):
+        plain, host, disk = (
+            run_ranks(world, lambda d=device: trained(stage, d, tmp_path, **PRECISIONS[precision]))
+            for device in ("none", "cpu", "nvme")
+        )
+        assert_equal(host, plain)
+        assert_equal(disk, plain)
+    assert list(tmp_path.iterdir()) == [], "the file has no name"
+
+
+def test_four_ranks(tmp_path: Path) -> None:
+    plain, disk = (run_ranks(4, lambda d=device: trained(3, d, tmp_path)) for device in ("none", "nvme"))
+    assert_equal(disk, plain)
+
+
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+    "SGD": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+    "Adagrad": lambda params: torch.optim.Adagrad(params, lr=1e-2),
+    "Adafactor": lambda params: torch.optim.Adafactor(params, lr=1e-2),
+    "two groups": lambda params: torch.optim.AdamW(
+        [{"params": params[1::2], "weight_decay": 0.0}, {"params": params[::2], "lr": 3e-3}], lr=1e-2, fused=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_kind_of_optimizer_steps_from_disk(name: str, tmp_path: Path) -> None:
+    plain, disk = (
+        run_ranks(2, lambda d=device: trained(2, d, tmp_path, make=OPTIMIZERS[name], bf16={"enabled": True}))
+        for device in ("none", "nvme")
+    )
+    assert_equal(disk, plain)
+
+
+def test_a_parameter_that_is_not_always_used_keeps_its_state_on_disk(tmp_path: Path) -> None:
+    class Sometimes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.always, self.rare = nn.Linear(8, 300), nn.Linear(8, 300)
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            x = self.always(x) + (self.rare(x) if self.calls % 2 else 0)
+            return x.square().mean()
+
+    def body(device: str) -> dict[str, Tensor]:
+        torch.manual_seed(world_size())
+        config = config_for(1, device, tmp_path, gradient_accumulation_steps=1)
+        engine = zerolith.initialize(model=Sometimes(), config=config)[0]
+        for _ in range(5):
+            engine.backward(engine(torch.randn(2, 8)))
+            engine.step()
+        return whole_weights(engine)
+
+    assert_equal(run_ranks(2, body, "nvme"), run_ranks(2, body, "none"))
+
+
+def test_access_edits_and_checkpoints_see_what_is_on_disk(tmp_path: Path) -> None:
+    def body(device: str) -> Any:
+        engine = start(3, device, tmp_path / "swap", bf16={"enabled": True})
+        train(engine, DATA[:2])
+        params = dict(engine.module.named_parameters())
+        param = params["blocks.0.up.weight"]
+        state = safe_get_full_optimizer_state(param, "exp_avg")
+        safe_set_full_optimizer_state(param, state * 2, "exp_avg")
+        safe_set_full_fp32_param(param, safe_get_full_fp32_param(param) + 1)
+        local = safe_get_local_optimizer_state(param, "exp_avg_sq")
+        engine.save_checkpoint(tmp_path / device)
+        with zerolith.zero.GatheredParameters([params["norm.weight"]], modifier_rank=0):
+            if engine.global_rank == 0:
+                params["norm.weight"].data.mul_(2)
+        train(engine, DATA[2:4])
+        before = whole_weights(engine)
+        engine.load_checkpoint(tmp_path / device)
+        train(engine, DATA[2:4])
+        return state, local, before, whole_weights(engine)
+
+    plain, disk = run_ranks(2, body, "none"), run_ranks(2, body, "nvme")
+    assert_equal(disk, plain)
+
+
+def test_what_is_on_disk_cannot_be_read_by_mistake(tmp_path: Path) -> None:
+    engine = start(2, "nvme", tmp_path, bf16={"enabled": True})
+    train(engine, DATA[:1])
+    inner = engine.basic_optimizer
+    assert [group["params"] for group in inner.param_groups] == [[]]
+    assert not any(inner.state.values())
+    engine.destroy()
+    assert inner.param_groups[0]["params"]
+
+
+def test_memory_holds_three_sections_at_most(tmp_path: Path) -> None:
+    engine = start(1, "nvme", tmp_path, bf16={"enabled": True})
+    train(engine, DATA[:2])
+    residency = engine._partitioned.residency
+    sections = {own: sum(held.region.nbytes for held in held.values()) for own, held in residency._held.items()}
+    assert len(sections) > 4
+    assert residency.nbytes >= sum(sections.values()) >= 12 * sum(p.numel() for p in make_gpt().parameters())
+    most = 0
+    step = type(engine.basic_optimizer).step
+
+    def watched(*args: Any) -> Any:
+        nonlocal most
+        held = [each.storage.nbytes() for section in residency._held.values() for each in section.values()]
+        most = max(most, sum(held))
+        return step(engine.basic_optimizer, *args)
+
+    engine.basic_optimizer.step = watched
+    train(engine, DATA[2:])
+    assert 0 < most <= sum(sorted(sections.values())[-3:])
+    residency.settle()
+    at_rest = sum(each.storage.nbytes() for section in residency._held.values() for each in section.values())
+    assert at_rest <= max(sections.values()), "but for the section that is read ahead"
+
+
+# --- faults -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operation", ["pwrite", "preadv"])
+def test_a_disk_that_fails_ends_all_ranks_with_the_cause(
+    operation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def body() -> str:
+        engine = start(2, "nvme", tmp_path / "swap", bf16={"enabled": True})
+        train(engine, DATA[:1])
+        engine.save_checkpoint(tmp_path / "checkpoints")
+        if engine.global_rank == 1:
+            monkeypatch.setattr(f"os.{operation}", failing)
+        with pytest.raises(OffloadError) as caught:
+            train(engine, DATA[1:4])
+        monkeypatch.undo()
+        with pytest.raises(UsageError, match="the last step failed half-way"):
+            train(engine, DATA[:1])
+        engine.load_checkpoint(tmp_path / "checkpoints")
+        train(engine, DATA[:1])
+        engine.destroy()
+        return str(caught.value)
+
+    def failing(*args: Any) -> int:
+        raise OSError(5, "Input/output error")
+
+    for text in run_ranks(2, body):
+        assert "Input/output error while" in text
+        assert str(tmp_path / "swap") in text
+
+
+def test_a_flipped_bit_on_disk_is_not_stepped_with(tmp_path: Path) -> None:
+    engine = start(1, "nvme", tmp_path, bf16={"enabled": True})
+    train(engine, DATA[:1])
+    residency = engine._partitioned.residency
+    residency.settle()
+    own = engine._partitioned.gradients[2]
+    region = next(iter(residency._held[own].values())).region
+    region.digests[0] ^= 1
+    with pytest.raises(OffloadError, match="are not what was written there"):
+        train(engine, DATA[1:2])
+
+
+def test_a_full_disk_is_found_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(OffloadError, match="No space left on device while making room"):
+        start(1, "nvme", tmp_path, bf16={"enabled": True})
+
+
+@pytest.mark.parametrize(
+    ("zero", "message"),
+    [
+        ({"stage": 0, "offload_optimizer": {"device": "cpu"}}, "choose stage 1, 2 or 3"),
+        ({"stage": 1, "offload_optimizer": {"device": "nvme"}}, "needs a folder"),
+        ({"stage": 1, "offload_optimizer": {"device": "disk"}}, "device"),
+        ({"stage": 1, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "ratio"),
+    ],
+    ids=["stage 0", "no folder", "unknown", "ratio"],
+)
+def test_wrong_configs(zero: dict[str, Any], message: str) -> None:
+    config = {"train_batch_size": 8, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}, "zero_optimization": zero}
+    with pytest.raises(ConfigError, match=message):
+        zerolith.initialize(model=make_gpt(), config=config)
+
+
+def test_a_folder_that_cannot_be_made_stops_all_ranks(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+
+    def body() -> None:
+        with pytest.raises(zerolith.errors.ZerolithError, match="making the swap file"):
+            start(1, "nvme", tmp_path / "file" / "swap")
+
+    run_ranks(2, body)
+
+
+# --- the file -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("nbytes", [0, 1, 4095, 4096, 4097, 4 * 2**20, 9 * 2**20 + 13])
+def test_what_is_written_is_read(direct: bool, nbytes: int, tmp_path: Path) -> None:
+    swap = SwapFile(tmp_path, direct=direct)
+    source, other = torch.randint(256, (nbytes,), dtype=torch.uint8), torch.ones(100, dtype=torch.uint8)
+    regions = [swap.add(nbytes), swap.add(100)]
+    for transfer in [swap.write(regions[0], source.untyped_storage()), swap.write(regions[1], other.untyped_storage())]:
+        transfer.wait()
+    target = torch.zeros_like(source)
+    swap.read(regions[0], target.untyped_storage()).wait()
+    assert torch.equal(target, source)
+    swap.close()
+
+
+def test_a_broken_disk_is_noticed_byte_for_byte(tmp_path: Path) -> None:
+    import os
+
+    swap = SwapFile(tmp_path, direct=False)
+    source = torch.arange(10_000)
+    region = swap.add(source.nbytes)
+    swap.write(region, source.untyped_storage()).wait()
+    os.pwrite(swap._file, b"\1", 12_345)
+    with pytest.raises(OffloadError, match=r"bytes 0 to 80000 of the swap file are not what was written"):
+        swap.read(region, torch.empty_like(source).untyped_storage()).wait()
+    swap.close()
