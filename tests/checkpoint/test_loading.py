@@ -208,3 +208,65 @@ def flip(home: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 4
     path.write_bytes(bytes(data))
+
+
+# --- unusual models -----------------------------------------------------------------------------
+
+
+class Odd(nn.Module):
+    """A GPT with buffers of odd strides and two names, and with extra state."""
+
+    def __init__(self, *, has_state: bool = True) -> None:
+        super().__init__()
+        self.gpt = make_gpt()
+        self.register_buffer("turned", torch.zeros(3, 2).t())
+        self.register_buffer("again", self.turned)
+        self.state = Stateful() if has_state else nn.Identity()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        self.turned.add_(1)
+        return self.gpt(tokens)
+
+
+class Stateful(nn.Module):
+    """Remembers a number."""
+
+    number = 0
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"number": self.number}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.number = state["number"]
+
+
+def test_buffers_of_odd_strides_and_two_names(tmp_path: Path) -> None:
+    engine = start(3, model=Odd())
+    train(engine, 2)
+    engine.module.state.number = 5
+    engine.save_checkpoint(tmp_path)
+    engine.save_16bit_model(tmp_path)
+    other = start(1, model=Odd())
+    other.load_checkpoint(tmp_path)
+    assert_equal(other.module.turned, torch.full((2, 3), 2.0))
+    assert other.module.turned.stride() == (1, 2)
+    assert other.module.state.number == 5
+    whole = zerolith.checkpoint.get_fp32_state_dict(tmp_path)
+    Odd().load_state_dict({**whole, "state._extra_state": {"number": 0}})
+
+
+def test_extra_state_of_a_module_that_is_gone(tmp_path: Path) -> None:
+    start(1, model=Odd()).save_checkpoint(tmp_path)
+    other = start(1, model=Odd(has_state=False))
+    with pytest.raises(CheckpointError, match=r"modules that the model lacks: \['state'\]"):
+        other.load_checkpoint(tmp_path)
+    other.load_checkpoint(tmp_path, load_module_strict=False)
+
+
+def test_retention_stops_where_latest_cannot_be_read(tmp_path: Path) -> None:
+    engine = start(1, checkpoint={"keep_last": 1})
+    engine.save_checkpoint(tmp_path)
+    (tmp_path / "latest").write_text("global_step0\nwrong\n")
+    train(engine)
+    engine.save_checkpoint(tmp_path, save_latest=False)
+    assert (tmp_path / "global_step0" / "manifest.json").exists()

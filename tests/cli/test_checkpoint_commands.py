@@ -22,6 +22,7 @@ from zerolith.checkpoint import get_fp32_state_dict
 from zerolith.checkpoint.folder import Lock
 from zerolith.checkpoint.manifest import read_manifest
 from zerolith.cli import main
+from zerolith.cli.words import size, size_text
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -215,6 +216,26 @@ def test_prune_asks_for_a_marker_that_can_be_read(copied: Path, run: Run) -> Non
     (copied / "latest").write_text("junk")
     assert run("prune", copied, "--keep-last", 1)[0] == 2
     assert len(tags(copied)) == 3
+
+
+# --- words --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [("5GB", 5 * 10**9), ("5gib", 5 * 2**30), ("200M", 200 * 10**6), ("1.5 kB", 1500), ("4096", 4096), ("7 B", 7)],
+)
+def test_sizes_are_read_as_people_write_them(text: str, nbytes: int) -> None:
+    assert size(text) == nbytes
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (9999, "10.0 kB"), (99_999, "100 kB"), (999_499, "999 kB"),
+     (999_500, "1.00 MB"), (5 * 10**9, "5.00 GB")],
+)  # fmt: skip
+def test_sizes_are_written_with_three_digits(nbytes: int, text: str) -> None:
+    assert size_text(nbytes) == text
 
 
 # --- on the way ---------------------------------------------------------------------------------------

@@ -32,6 +32,11 @@ def test_whole_checkpoints_are_whole(saved: Path, run: Run) -> None:
     ]
 
 
+def test_a_checkpoint_may_be_where_one_stands(saved: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(saved / "global_step1")
+    assert run("verify", ".")[1].startswith("global_step1: whole")
+
+
 def test_every_damaged_tensor_is_listed(copied: Path, run: Run) -> None:
     home = copied / "global_step3"
     expected = set()

@@ -34,7 +34,8 @@ class Written:
         """What a cut may leave of it: first all, last no more than it must."""
         whole, safe = self.data, self.num_safe
         halves = {(a + b) // 2 for a, b in zip(self.ends, self.ends[1:], strict=False)}
-        ends = {*self.ends, *halves, *range(0, len(whole), SECTOR)}
+        is_small = len(whole) <= 2 * PAGE
+        ends = {*self.ends, *halves, *(range(0, len(whole), SECTOR) if is_small else ())}
         lengths = sorted((length for length in ends if safe <= length < len(whole)), reverse=True)
         starts = [safe, *range(safe - safe % PAGE + PAGE, len(whole), PAGE)] if safe < len(whole) else []
         zeros = [_zeroed(whole, start, min(start - start % PAGE + PAGE, len(whole))) for start in starts]

@@ -30,7 +30,8 @@ class FaultyDisk(Disk):
     """
 
     def __init__(self, *, is_volatile: bool = False) -> None:
-        self.trace: list[Op] = []
+        self.trace: list[Op] = []  # what was done
+        self.count = 0  # of operations, also of those that failed
         self.is_volatile = is_volatile
         self._paths: dict[int, Path] = {}  # by descriptor
         self._turn = threading.RLock()
@@ -69,7 +70,7 @@ class FaultyDisk(Disk):
 
     def _do(self, op: Op, call: Callable[..., object], *args: object) -> object:
         with self._turn:
-            number = len(self.trace)
+            number, self.count = self.count, self.count + 1
             self.before(number, op)
             result = call(*args)
             self.trace.append(op)
@@ -111,14 +112,14 @@ class DeadlyDisk(FaultyDisk):
             die(takes_all=self.takes_all)
 
     def write(self, file: int, data: memoryview) -> None:
-        if Moment(len(self.trace), is_halfway=True) == self.moment:
+        if Moment(self.count, is_halfway=True) == self.moment:
             Disk.write(self, file, data[: len(data) // 2])
             die(takes_all=self.takes_all)
         super().write(file, data)
 
     def at_end(self) -> None:
         """The save is over."""
-        if Moment(len(self.trace)) == self.moment:
+        if Moment(self.count) == self.moment:
             die(takes_all=self.takes_all)
 
 
@@ -131,15 +132,15 @@ def die(*, takes_all: bool = False) -> None:
 
 
 class FailingDisk(FaultyDisk):
-    """Raises OSError for the operations for which `fails` says so, as the system would."""
+    """Fails operation `number`, counted from 0, as the system would."""
 
-    def __init__(self, fails: Callable[[int, Op], bool], *, code: int = errno.EIO) -> None:
+    def __init__(self, number: int, code: int = errno.EIO) -> None:
         super().__init__()
-        self.fails = fails
+        self.number = number
         self.code = code
 
     def before(self, number: int, op: Op) -> None:
-        if self.fails(number, op):
+        if number == self.number:
             names = (str(op.path),) if op.kind not in ("write", "sync") else ()  # as for calls that take a descriptor
             raise OSError(self.code, os.strerror(self.code), *names)
 

@@ -7,9 +7,11 @@ import gc
 import multiprocessing as mp
 import os
 import pickle
+import signal
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -135,11 +137,20 @@ class Job:
                 process.join()
         for pipe in self._pipes:
             pipe.close()
-        try:
-            os.killpg(self.pids[0], 9)
-        except ProcessLookupError:
-            return False
-        return True
+        orphans = living(self.pids[0])
+        for pid in orphans:
+            os.kill(pid, signal.SIGKILL)
+        return bool(orphans)
+
+
+def living(group: int) -> list[int]:
+    """The processes of a group, without those that wait to be reaped."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, of = path.read_text().rpartition(")")[2].split()[:3]
+            found += [int(path.parent.name)] if int(of) == group and state not in "ZX" else []
+    return found
 
 
 def _rank_main(

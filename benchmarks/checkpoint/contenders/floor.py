@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ from benchmarks.checkpoint.job import StoreJob
 
 MIB = 2**20
 PAGE_BYTES = 4096  # O_DIRECT's unit
+HUGE_BYTES = 2 * MIB
 BLOCK_BYTES = 64 * MIB  # of random bytes, repeated
 
 
@@ -27,8 +29,8 @@ class Floor:
         self.name = f"rank{rank}"
         self.buffer_bytes = min(buffer_bytes, size)
         self.flags = flags
-        self._state = memoryview(mmap.mmap(-1, size))  # pages, so that O_DIRECT may read them
-        self._buffer = memoryview(mmap.mmap(-1, self.buffer_bytes))
+        self._state = huge_pages(size)
+        self._buffer = huge_pages(self.buffer_bytes)
         self._block = os.urandom(min(BLOCK_BYTES, size))
 
     def state_bytes(self) -> int:
@@ -76,3 +78,11 @@ class Floor:
 
     def close(self) -> None:
         """Nothing: the process ends."""
+
+
+def huge_pages(size: int) -> memoryview:
+    """Memory on huge pages where there are any: a transfer with O_DIRECT is cut where physical memory is."""
+    pages = mmap.mmap(-1, size + HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_HUGEPAGE)
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(pages)) % HUGE_BYTES
+    return memoryview(pages)[start : start + size]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -57,15 +58,24 @@ class Disk:
 
 
 def write_file(disk: Disk, path: Path, data: bytes) -> None:
-    """Replace the file `path` by one with this content: a reader sees the old one or the new one, also after a cut."""
+    """Replace the file `path` by one with this content: a reader sees the old one or the new one, also after a cut.
+
+    Raises OSError that names the file, and leaves the old one then.
+    """
     temporary = path.with_name(f"{path.name}.new")
     file = disk.create(temporary)
     try:
-        disk.write(file, memoryview(data))
-        disk.sync(file)
-    finally:
-        os.close(file)
-    disk.rename(temporary, path)
+        try:
+            disk.write(file, memoryview(data))
+            disk.sync(file)
+        finally:
+            os.close(file)
+        disk.rename(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # of a call that takes a descriptor the system names none
+        with suppress(OSError):
+            disk.unlink(temporary)
+        raise
     disk.sync_dir(path.parent)
 
 

@@ -68,7 +68,7 @@ def export(
     `folder` is that of the job, or the checkpoint's own. dtype: of floating tensors, "bf16", "fp16", "fp32" or, bit for
     bit, "saved"; all others stay as they are. Of tied names the first is written. Takes some 30 MiB, whatever the size
     of the model. A target that holds anything is refused, unless `overwrite`: then model files in it are replaced, once
-    the new ones are safe on disk. Raises CheckpointError; what was in `target` is still there then.
+    the new ones are safe on disk. Raises CheckpointError; what cannot be read or written leaves `target` as it was.
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: choose among {', '.join(DTYPES)}")
@@ -174,6 +174,7 @@ def _replace(
     for path in sorted(stale, key=lambda path: path.name != INDEX):
         if path.name not in shards and path not in temporary.values():
             disk.unlink(path)
+    disk.sync_dir(target)
     for name, path in temporary.items():
         disk.rename(path, target / name)
     disk.sync_dir(target)

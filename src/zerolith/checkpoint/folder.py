@@ -16,6 +16,7 @@ import fcntl
 import json
 import os
 import re
+import secrets
 import socket
 import threading
 import time
@@ -29,7 +30,7 @@ from zerolith.checkpoint.disk import Disk, read_file, write_file
 from zerolith.checkpoint.manifest import MANIFEST, Manifest, checksum, read_manifest
 from zerolith.errors import CheckpointDamagedError, CheckpointError, CheckpointLockedError
 
-LATEST, LOCK = "latest", ".zerolith.lock"
+LATEST, LOCK, PROBE = "latest", ".zerolith.lock", ".zerolith.probe-"
 OWN_FILE = re.compile(r"rank-[0-9]{5,}-[0-9a-f]{16}\.safetensors")
 DEFAULT_TAG = re.compile(r"global_step[0-9]+")
 MAX_TAG_BYTES = 200
@@ -168,6 +169,16 @@ class Lock:
 _HELD: weakref.WeakValueDictionary[Path, Lock] = weakref.WeakValueDictionary()
 
 
+def _let_go_in_child() -> None:
+    """A worker that outlives the process that has forked it must not keep the folder locked."""
+    for lock in [*_HELD.values()]:
+        lock.release()
+    _HELD.clear()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
+
+
 def take_lock(folder: Path) -> tuple[Lock, bool]:
     """The lock of `folder`, and whether it is new to this process. Raises CheckpointLockedError and OSError."""
     where = folder.resolve()
@@ -188,7 +199,7 @@ def _holder(path: Path) -> str:
 
 def sweep(disk: Disk, folder: Path) -> list[Path]:
     """Remove what saves and removals that died have left; returns what has gone. Only the holder of the lock may."""
-    gone = [path for path in [folder / f"{LATEST}.new"] if os.path.lexists(path)]
+    gone = [path for path in folder.iterdir() if path.name == f"{LATEST}.new" or path.name.startswith(PROBE)]
     for path in gone:
         disk.unlink(path)
     for name in folder_names(folder):
@@ -246,7 +257,11 @@ def prune(disk: Disk, folder: Path, kept: Kept, *, newest: str) -> list[str]:
     if kept.last is None:
         return []
     steps = {tag: manifest.step for tag, manifest in committed(folder)}
-    going = superseded(steps, kept, stay={newest, read_latest(folder)})
+    try:
+        latest = read_latest(folder)
+    except CheckpointDamagedError:  # who knows which one it named
+        return []
+    going = superseded(steps, kept, stay={newest, latest})
     for tag in going:
         remove(disk, folder, tag)
     return going
@@ -272,7 +287,7 @@ def folder_names(folder: Path) -> Iterator[str]:
 
 def probe(disk: Disk, folder: Path) -> None:
     """See that checkpoints can be written to `folder`, which is made if need be. Raises CheckpointError."""
-    path = folder / f".zerolith.probe-{os.getpid()}"
+    path = folder / f"{PROBE}{secrets.token_hex(8)}"  # a name that no other process has, here or on another host
     try:
         make_folder(disk, folder)
         write_file(disk, path, b"probe\n")
@@ -287,9 +302,14 @@ def make_folder(disk: Disk, folder: Path) -> None:
     while not folder.exists():
         missing.append(folder)
         folder = folder.parent
-    with suppress(PermissionError):
-        disk.sync_dir(folder.parent)  # a job may have died between making it and this
+    with suppress(OSError):  # it is hardly ever needed, and need not be ours to read
+        disk.sync_dir(folder.parent)  # a job may have died between making the folder and this
     for path in reversed(missing):
         with suppress(FileExistsError):
             disk.make_dir(path)
-        disk.sync_dir(path.parent)
+        try:
+            disk.sync_dir(path.parent)
+        except OSError:
+            with suppress(OSError):
+                disk.remove_dir(path)  # which only an empty folder lets happen
+            raise

@@ -92,7 +92,7 @@ class Manifest(_Record):
     libraries: dict[str, str]
     step: Count
     num_ranks: Count
-    chunk_bytes: Annotated[int, Field(ge=256, le=2**30)] = CHUNK_BYTES
+    chunk_bytes: Annotated[int, Field(ge=256, le=2**30, multiple_of=16)] = CHUNK_BYTES
     files: list[FileRecord]
     tensors: dict[str, TensorRecord]
     parameters: dict[str, ParameterRecord]

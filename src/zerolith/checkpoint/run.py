@@ -78,13 +78,14 @@ def collect(run: Run, client_state: Mapping[str, Any], *, exclude_frozen: bool) 
     error: Exception | None = None
     state: dict[str, Any] = {}
     try:
+        extra = {path: each.get_extra_state() for path, each in _with_extra_state(run.module).items()}
         state = {
             "counters": dict(run.counters),
             "scaler": to_json(run.scaler.state_dict(), where="scaler", tensors=tensors),
             "scheduler": to_json(_state_dict(run.scheduler), where="scheduler", tensors=tensors),
             "loader": to_json(_state_dict(run.loader), where="loader", tensors=tensors),
             "optimizer": None,
-            "extra_state": to_json(_extra_state(run.module), where="extra_state", tensors=tensors),
+            "extra_state": to_json(extra, where="extra_state", tensors=tensors),
             "client": to_json(dict(client_state), where="client_state", tensors=tensors),
         }
         if optimizer is not None:
@@ -109,6 +110,9 @@ def check(run: Run, manifest: Manifest, wants: Wants) -> set[str]:
     names: set[str] = set()
     try:
         names = matching_names(manifest, run.sharded.parameters(), strict=wants.strict)
+        gone = set(_of(manifest, "extra_state") or {}) - set(_with_extra_state(run.module))
+        if wants.strict and gone:
+            raise CheckpointError(f"the checkpoint has extra state of modules that the model lacks: {sorted(gone)}")
         if wants.optimizer and optimizer is not None:
             groups = [group["params"] for group in groups_of(optimizer, "", {})]
             check_optimizer(_of(manifest, "optimizer"), class_name(optimizer.inner), groups)
@@ -130,7 +134,10 @@ def restore(run: Run, reader: Reader, wants: Wants, names: set[str]) -> None:
     error: Exception | None = None
     try:
         with torch.no_grad():
-            reader.fill([*weight_parts(run.sharded, names), *buffer_parts(run.sharded, manifest)])
+            buffers, after = buffer_parts(run.sharded, manifest)
+            reader.fill([*weight_parts(run.sharded, names), *buffers])
+            for call in after:
+                call()
             _fill_trained(run, reader, names, takes_states=takes_states)
         _restore_values(run, reader, wants, takes_states=takes_states)
     except Exception as caught:  # as above
@@ -180,8 +187,10 @@ def _restore_values(run: Run, reader: Reader, wants: Wants, *, takes_states: boo
     def decoded(value: Any) -> Any:
         return from_json(value, tensor=reader.tensor)
 
+    modules = _with_extra_state(run.module)
     for name, value in decoded(_of(manifest, "extra_state") or {}).items():
-        run.module.get_submodule(name).set_extra_state(value)
+        if name in modules:
+            modules[name].set_extra_state(value)
     if takes_states and optimizer is not None:
         saved = _of(manifest, "optimizer")
         for group, each in zip(optimizer.inner.param_groups, saved["groups"], strict=True):
@@ -238,11 +247,7 @@ def _state_dict(source: Any) -> Any:
     return source.state_dict() if hasattr(source, "state_dict") else None
 
 
-def _extra_state(module: nn.Module) -> dict[str, Any]:
-    """What modules keep beside parameters and buffers, by path."""
+def _with_extra_state(module: nn.Module) -> dict[str, nn.Module]:
+    """Modules that keep something beside parameters and buffers, by path."""
     default = nn.Module.get_extra_state
-    return {
-        path: each.get_extra_state()
-        for path, each in module.named_modules()
-        if type(each).get_extra_state is not default
-    }
+    return {path: each for path, each in module.named_modules() if type(each).get_extra_state is not default}

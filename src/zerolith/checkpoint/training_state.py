@@ -209,25 +209,39 @@ def _collects(own: Gradients, index: int, grad: Tensor) -> Callable[[], None]:
     return lambda: own.collect(index, grad, reducing=False)
 
 
-def buffer_parts(sharded: Sharded, manifest: Manifest) -> list[Part]:
-    """Where buffers go: this rank's own where it had one, at the same number of ranks; else rank 0's."""
+def buffer_parts(sharded: Sharded, manifest: Manifest) -> tuple[list[Part], list[Callable[[], None]]]:
+    """Where buffers go, and what to call when they are there.
+
+    This rank's own where it had one, at the same number of ranks; else rank 0's.
+    """
     own = f"rank/{sharded.rank}/" if manifest.num_ranks == sharded.model.comm.size else "-"
-    parts = []
+    parts: list[Part] = []
+    after: list[Callable[[], None]] = []
     for name, buffer in persistent_buffers(sharded.model.model).items():
         chosen = f"{own}buffer/{name}" if f"{own}buffer/{name}" in manifest.tensors else f"buffer/{name}"
         if chosen in manifest.tensors:
-            parts.append(Part.whole(chosen, buffer))
-    return parts
+            target = buffer.contiguous()  # the buffer itself, unless its strides are odd
+            parts.append(Part.whole(chosen, target))
+            if target is not buffer:
+                after.append(_copies(buffer, target))
+    return parts, after
+
+
+def _copies(target: Tensor, source: Tensor) -> Callable[[], None]:
+    def copy() -> None:
+        target.copy_(source)
+
+    return copy
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Buffers that belong to the model's state, by name, each tensor once."""
-    found: dict[int, tuple[str, Tensor]] = {}
-    for path, module in model.named_modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                found.setdefault(id(buffer), (f"{path}.{name}" if path else name, buffer))
-    return dict(found.values())
+    """Buffers that belong to the model's state, under every name that its state dict has for them."""
+    return {
+        f"{path}.{name}" if path else name: buffer
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
 
 
 def _names_by_home(model: nn.Module) -> dict[tuple[int, str], list[str]]:

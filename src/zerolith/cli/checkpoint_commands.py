@@ -120,14 +120,15 @@ def _verified(home: Path) -> bool:
     from zerolith.checkpoint.manifest import read_manifest
     from zerolith.checkpoint.verify import damages
 
+    name = home.absolute().name
     try:
         nbytes = sum(file.bytes for file in read_manifest(home).files)
-        with _bar(home.name) as tell:
+        with _bar(name) as tell:
             found = [str(damage) for damage in damages(home, tell=tell)]
     except CheckpointError as error:
         nbytes, found = 0, [str(error)]
     outcome = f"damaged in {many(len(found), 'place')}" if found else f"whole, {size_text(nbytes)}"
-    _say(f"{home.name}: {outcome}")
+    _say(f"{name}: {outcome}")
     for line in found:
         _say(f"  {line}")
     return not found

@@ -42,6 +42,9 @@ PLAIN_TENSORS = {
 }
 
 
+COPY_UNITS = 16  # what a copied element costs; it took few bytes of the file, or none
+
+
 def name(symbol: Symbol) -> Any:
     """What a name in a file stands for: a dtype, or the name itself."""
     if symbol.module == "torch" and symbol.name in DTYPES:
@@ -89,7 +92,7 @@ def _ordered_dict(args: Args, spend: Spend) -> Any:
 
 def _counter(args: Args, spend: Spend) -> Any:
     if len(args) == 1 and isinstance(args[0], dict):
-        spend(len(args[0]))
+        spend(COPY_UNITS * len(args[0]))
         return dict(args[0])
     return {} if not args else None
 
@@ -105,7 +108,7 @@ def _filled(target: dict[Any, Any], args: Args, spend: Spend) -> Any:
     pairs = args[0]
     if len(args) > 1 or not isinstance(pairs, list | tuple):
         return None
-    spend(len(pairs))
+    spend(COPY_UNITS * len(pairs))
     for pair in pairs:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             return None
@@ -132,7 +135,7 @@ def _elements(args: Args, spend: Spend) -> list[Any] | tuple[Any, ...] | None:
     if not args:
         return []
     if len(args) == 1 and isinstance(args[0], list | tuple):
-        spend(len(args[0]))
+        spend(COPY_UNITS * len(args[0]))
         return args[0]
     return None
 
@@ -194,6 +197,8 @@ KEYS = (type(None), bool, int, float, complex, str, bytes, Symbol, torch.dtype, 
 
 def checked_key(key: Any) -> Any:
     """`key`, which may be a key of a dict or an element of a set: hashing tuples in tuples could take for ever."""
+    if type(key) is str:
+        return key
     parts = [key]
     for count in range(MAX_KEY_PARTS):
         if not parts:

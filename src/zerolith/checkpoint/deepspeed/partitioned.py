@@ -84,7 +84,10 @@ def read_shard(path: Path) -> Shard:
     if not counts or not all(type(count) is int and count > 0 for count in counts):
         raise CheckpointDamagedError(f"{path}: it does not say how many ranks have saved")
     if len(set(counts)) > 1:
-        raise CheckpointError(f"{path}: its groups are split over {counts} ranks: experts, which cannot be read")
+        most, least = max(counts), min(counts)
+        raise CheckpointError(
+            f"{path}: its groups are split over {most} and {least} ranks: experts, which cannot be read"
+        )
     if not all(isinstance(each, StoredTensor) and len(each.shape) == 1 for each in flat):
         raise CheckpointDamagedError(f"{path}: its fp32 weights are no flat tensors")
     state = content.get("optimizer_state_dict" if split_by_parameter else "base_optimizer_state")
@@ -153,18 +156,13 @@ def frozen(name: str, model: ModelState, others: Sequence[ModelState], stage: in
 def _check_agreement(model: ModelState, others: Sequence[ModelState], shards: Sequence[Shard]) -> None:
     """All ranks' files are of one checkpoint, and all are there."""
     first = shards[0]
-    if len(shards) != first.num_ranks:
-        number = min(len(shards), first.num_ranks)
-        name = first.path.name.replace("zero_pp_rank_0_", f"zero_pp_rank_{number}_")
-        what = "is missing" if number < first.num_ranks else "is left from another checkpoint"
-        raise CheckpointDamagedError(f"{first.path.with_name(name)}: it {what}; {first.num_ranks} ranks have saved")
+    _check_count(first.path, len(shards), first.num_ranks)
     if model.num_ranks != first.num_ranks:
         raise CheckpointError(
             f"{first.path}: it is split over {first.num_ranks} of {model.num_ranks} ranks (MiCS), which cannot be read"
         )
-    if first.stage == 3 and len(others) + 1 != first.num_ranks:
-        name = model.path.name.replace("zero_pp_rank_0_", f"zero_pp_rank_{len(others) + 1}_")
-        raise CheckpointDamagedError(f"{model.path.with_name(name)}: it is missing; {first.num_ranks} ranks have saved")
+    if first.stage == 3:
+        _check_count(model.path, len(others) + 1, first.num_ranks)
     for other in others:
         if other.step != model.step:
             raise CheckpointDamagedError(f"{other.path}: it is of step {other.step}, and {model.path} of {model.step}")
@@ -176,6 +174,14 @@ def _check_agreement(model: ModelState, others: Sequence[ModelState], shards: Se
                 raise CheckpointDamagedError(
                     f"{shard.path}: its optimizer is at another step than that of {first.path}"
                 )
+
+
+def _check_count(path: Path, found: int, num_ranks: int) -> None:
+    """Raise CheckpointDamagedError unless there are so many files; `path` is that of rank 0."""
+    if found != num_ranks:
+        name = path.name.replace("zero_pp_rank_0_", f"zero_pp_rank_{min(found, num_ranks)}_")
+        what = "is missing" if found < num_ranks else "is left from another checkpoint"
+        raise CheckpointDamagedError(f"{path.with_name(name)}: it {what}; {num_ranks} ranks have saved")
 
 
 def _places(shards: Sequence[Shard], index: int, group: dict[str, Shape]) -> dict[str, list[Piece]]:
