@@ -107,6 +107,7 @@ VALUES = st.recursive(
 
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(value=VALUES, protocol=st.sampled_from(PROTOCOLS))
+@example(value=torch.zeros(3, 0)[1:], protocol=2)
 @example(value={"": [(), frozenset({1}), bytearray(b"a"), 1j, torch.Size([1, 2])]}, protocol=2)
 def test_what_torch_saves_is_read(value: Any, protocol: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "value.pt"

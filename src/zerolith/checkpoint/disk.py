@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from zerolith.errors import CheckpointError
+from zerolith.errors import CheckpointDamagedError, CheckpointError
 
 WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe in a file's place must not hold us up
@@ -57,10 +57,11 @@ class Disk:
         os.rmdir(path)
 
 
-def write_file(disk: Disk, path: Path, data: bytes) -> None:
+def write_file(disk: Disk, path: Path, data: bytes, *, read_back: bool = False) -> None:
     """Replace the file `path` by one with this content: a reader sees the old one or the new one, also after a cut.
 
-    Raises OSError that names the file, and leaves the old one then.
+    Leaves the old one if it raises: OSError that names the file, or CheckpointDamagedError if `read_back` tells that
+    the disk holds something else.
     """
     temporary = path.with_name(f"{path.name}.new")
     file = disk.create(temporary)
@@ -70,9 +71,12 @@ def write_file(disk: Disk, path: Path, data: bytes) -> None:
             disk.sync(file)
         finally:
             os.close(file)
+        if read_back:
+            _compare(temporary, data)
         disk.rename(temporary, path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # of a call that takes a descriptor the system names none
+    except (OSError, CheckpointDamagedError) as error:
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)  # of a call that takes a descriptor the system names none
         with suppress(OSError):
             disk.unlink(temporary)
         raise
@@ -87,6 +91,22 @@ def read_file(path: Path, *, limit: int) -> bytes:
         if size > limit:
             raise CheckpointError(f"{path}: it has {size} bytes, and no such file has more than {limit}")
         return stream.read(limit)
+
+
+def open_anew(path: Path) -> int:
+    """A descriptor to read what the disk holds, rather than what is still in memory, where it surely is right."""
+    file = os.open(path, READ)
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    return file
+
+
+def _compare(path: Path, data: bytes) -> None:
+    with os.fdopen(open_anew(path), "rb") as stream:
+        if stream.read(len(data) + 1) != data:
+            raise CheckpointDamagedError(
+                f"{path}: it is not what was written a moment ago; the disk or its driver is broken"
+            )
 
 
 def read_into(file: int, target: memoryview, *, offset: int) -> int:

@@ -85,11 +85,11 @@ def read_latest(folder: Path) -> str | None:
     return lines[0]
 
 
-def write_latest(disk: Disk, folder: Path, tag: str) -> None:
-    """Make `latest` name `tag`. Raises OSError."""
+def write_latest(disk: Disk, folder: Path, tag: str, *, read_back: bool = False) -> None:
+    """Make `latest` name `tag`. Raises OSError, and CheckpointDamagedError as `write_file`."""
     with suppress(FileNotFoundError):
         disk.unlink(folder / f"{LATEST}.new")  # of a save that died
-    write_file(disk, folder / LATEST, f"{tag}\n{checksum(tag.encode())}\n".encode())
+    write_file(disk, folder / LATEST, f"{tag}\n{checksum(tag.encode())}\n".encode(), read_back=read_back)
 
 
 def find(folder: Path, tag: str | None, *, all_whole: bool = False) -> list[str]:

@@ -148,6 +148,7 @@ class Saver:
         try:
             self._write(job)
         except Exception as error:  # whatever it is, the thread that trains must learn of it
+            logger.error("checkpoint %s was not saved: %s", job.tag, error)  # now: it may never ask again
             self._outcome.append(error)
         else:
             self._outcome.append(None)
@@ -220,9 +221,9 @@ class Saver:
         self.disk.sync_dir(home)
         with suppress(FileNotFoundError):
             self.disk.unlink(home / f"{MANIFEST}.new")  # of a save that died
-        write_file(self.disk, home / MANIFEST, encode(manifest))
+        write_file(self.disk, home / MANIFEST, encode(manifest), read_back=job.read_back)
         if job.is_latest:
-            write_latest(self.disk, job.folder, job.tag)
+            write_latest(self.disk, job.folder, job.tag, read_back=job.read_back)
         for path in left_over(home):  # of the checkpoint that was here before
             self.disk.unlink(path)
         gone = prune(self.disk, job.folder, job.kept, newest=job.tag)

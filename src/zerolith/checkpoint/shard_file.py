@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from zerolith.checkpoint.content import Part
-from zerolith.checkpoint.disk import READ, Disk, bytes_of, read_into
+from zerolith.checkpoint.disk import Disk, bytes_of, open_anew, read_into
 from zerolith.checkpoint.manifest import CHUNK_BYTES, DTYPES, NAMES, FileRecord, Piece, TensorRecord, checksum
 from zerolith.errors import CheckpointDamagedError
 
@@ -58,13 +58,20 @@ def write_shard(
 
 def read_back(path: Path, written: Written) -> None:
     """Compare what the disk gives back with what was meant. Raises CheckpointDamagedError, and OSError."""
-    file = os.open(path, READ)
+    file = open_anew(path)
     try:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)  # not from memory, where it surely is right
-        for name, record in written.tensors.items():
-            for piece in record.pieces:
-                _compare(file, path, name, piece, (piece.stop - piece.start) * DTYPES[record.dtype].itemsize)
+        sizes = [
+            (name, piece, (piece.stop - piece.start) * DTYPES[record.dtype].itemsize)
+            for name, record in written.tensors.items()
+            for piece in record.pieces
+        ]
+        header = memoryview(bytearray(written.file.bytes - sum(size for _, _, size in sizes)))
+        if read_into(file, header, offset=0) < len(header) or checksum(header) != written.file.header_xxh3:
+            raise CheckpointDamagedError(
+                f"{path}: its header is not what was written a moment ago; the disk or its driver is broken"
+            )
+        for name, piece, size in sizes:
+            _compare(file, path, name, piece, size)
     finally:
         os.close(file)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,6 +14,20 @@ from torch import Tensor
 from zerolith.checkpoint.deepspeed.records import StoredTensor
 from zerolith.errors import CheckpointDamagedError, CheckpointError
 from zerolith.layout import Range
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """The whole tensor that is asked for."""
+
+    where: Path  # the file, or that of rank 0
+    parameter: str
+    state: str | None = None  # None: its value
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        owner = f"the parameter {self.parameter!r} of shape {list(self.shape)}"
+        return owner if self.state is None else f"{self.state!r} of {owner}"
 
 
 class Piece(NamedTuple):
@@ -37,40 +53,39 @@ def split(numel: int, *, offset: int, num_ranks: int) -> list[Piece]:
     return [Piece(rank, Range(offset, offset + each.numel)) for rank, each in enumerate(owned) if each.numel]
 
 
-def check(sources: Sequence[StoredTensor | None], pieces: Sequence[Piece], *, what: str) -> None:
+def check(sources: Sequence[StoredTensor | None], pieces: Sequence[Piece], wanted: Wanted) -> None:
     """Raise CheckpointError unless each rank has its piece."""
     for rank, part in pieces:
         source = sources[rank] if rank < len(sources) else None
         if source is None:
-            raise CheckpointDamagedError(f"{what}: rank {rank} has saved nothing of it")
+            raise CheckpointDamagedError(f"{wanted.where}: rank {rank} has saved nothing of {wanted}")
         if len(source.shape) != 1 or source.numel < part.stop:
-            raise source.damaged(f"elements {part.start} to {part.stop} in it should be {what}")
+            raise source.damaged(f"elements {part.start} to {part.stop} in it should be {wanted}")
 
 
-def gather(
-    sources: Sequence[StoredTensor | None], pieces: Sequence[Piece], *, shape: tuple[int, ...], what: str
-) -> Tensor:
+def gather(sources: Sequence[StoredTensor | None], pieces: Sequence[Piece], wanted: Wanted) -> Tensor:
     """The whole tensor of which `sources`, by rank, hold the pieces. Raises CheckpointError."""
-    check(sources, pieces, what=what)
+    check(sources, pieces, wanted)
     present = [(source, part) for rank, part in pieces if (source := sources[rank]) is not None]
     dtype = present[0][0].dtype if present else torch.float32
-    whole = torch.empty(math.prod(shape), dtype=dtype)
+    held = sum(part.numel for _, part in present)
+    if held != math.prod(wanted.shape):
+        raise CheckpointDamagedError(f"{wanted.where}: the ranks have {held} elements of {wanted}")
+    whole = torch.empty(held, dtype=dtype)
     start = 0
     for source, part in present:
         source.read_into(whole[start : start + part.numel], part)
         start += part.numel
-    if start != whole.numel():
-        raise CheckpointDamagedError(f"{what}: {whole.numel()} elements are needed, and the ranks have {start}")
-    return whole.view(shape)
+    return whole.view(wanted.shape)
 
 
-def reshaped(source: StoredTensor, *, shape: tuple[int, ...], what: str) -> Tensor:
-    """A tensor that is whole in one file. Raises CheckpointError if it has not as many elements as the shape."""
-    if source.numel != math.prod(shape):
-        raise source.damaged(f"it should be {what}, of shape {list(shape)}")
-    return source.load().view(shape)
+def reshaped(source: StoredTensor, wanted: Wanted) -> Tensor:
+    """A tensor that is whole in one file. Raises CheckpointError if it has not as many elements as it should."""
+    if source.numel != math.prod(wanted.shape):
+        raise source.damaged(f"it should be {wanted}")
+    return source.load().view(wanted.shape)
 
 
-def refuse(*, what: str, why: str) -> Tensor:
+def refuse(wanted: Wanted, *, why: str) -> Tensor:
     """In the place of a tensor that cannot be made whole."""
-    raise CheckpointError(f"{what} {why}")
+    raise CheckpointError(f"{wanted.where}: {wanted} {why}")

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from zerolith.checkpoint.deepspeed.assemble import Piece, check, cut, gather, refuse, reshaped, split
+from zerolith.checkpoint.deepspeed.assemble import Piece, Wanted, check, cut, gather, refuse, reshaped, split
 from zerolith.checkpoint.deepspeed.checkpoint import ForeignParameter, Load
 from zerolith.checkpoint.deepspeed.model_state import ModelState, Shape, item
 from zerolith.checkpoint.deepspeed.optimizer_state import OptimizerState, Restored, loss_scale, optimizer_state
@@ -43,6 +43,7 @@ class Shard:
 class FlatGroup:
     """What the ranks have of one flat group, in their order."""
 
+    where: Path  # the first rank's file
     flat: list[StoredTensor | None]
     states: dict[str, list[StoredTensor | None] | None]  # None: not one number for each element
     scalars: dict[str, float]
@@ -53,17 +54,17 @@ class FlatGroup:
         """One of its parameters."""
         state: dict[str, Load] = {}
         for key, sources in self.states.items():
-            what = f"{key!r} of the parameter {name!r}"
+            wanted = Wanted(where=self.where, parameter=name, state=key, shape=shape)
             if sources is None:
                 why = "is not one number for each element in this checkpoint, so it cannot be put together"
-                state[key] = partial(refuse, what=what, why=why)
+                state[key] = partial(refuse, wanted, why=why)
             else:
-                state[key] = partial(gather, sources, pieces, shape=shape, what=what)
+                state[key] = partial(gather, sources, pieces, wanted)
         return ForeignParameter(
             shape=shape,
             dtype=None if weights is None else weights.dtype,
             trained=True,
-            value=partial(gather, self.flat, pieces, shape=shape, what=f"the parameter {name!r}"),
+            value=partial(gather, self.flat, pieces, Wanted(where=self.where, parameter=name, shape=shape)),
             state=state,
             scalars=self.scalars,
         )
@@ -137,18 +138,20 @@ def read_partitioned(model: ModelState, others: Sequence[ModelState], paths: Seq
 def frozen(name: str, model: ModelState, others: Sequence[ModelState], stage: int) -> ForeignParameter:
     """A parameter that is not the optimizer's: whole in the weights, in stage 3 in pieces. Raises CheckpointError."""
     weights = model.module.get(name)
-    what = f"the frozen parameter {name!r}"
     if stage < 3 and weights is not None:
-        load: Load = partial(reshaped, weights, shape=weights.shape, what=what)
+        load: Load = partial(reshaped, weights, Wanted(where=model.path, parameter=name, shape=weights.shape))
         return ForeignParameter(shape=weights.shape, dtype=weights.dtype, trained=False, value=load)
     shape = model.frozen.get(name)
     if shape is None:
-        raise CheckpointError(f"{model.path}: {what} has no values in this checkpoint, only a place")
+        raise CheckpointError(
+            f"{model.path}: the frozen parameter {name!r} has no values in this checkpoint, only a place"
+        )
     sources = [state.frozen_pieces.get(name) for state in (model, *others)]
     numel = math.prod(shape)
     pieces = split(numel, offset=0, num_ranks=len(sources)) if stage == 3 else cut(Range(0, numel), partition=numel)
-    check(sources, pieces, what=what)
-    load = partial(gather, sources, pieces, shape=shape, what=what)
+    wanted = Wanted(where=model.path, parameter=name, shape=shape)
+    check(sources, pieces, wanted)
+    load = partial(gather, sources, pieces, wanted)
     dtype = sources[0].dtype if sources[0] is not None else None
     return ForeignParameter(shape=shape, dtype=dtype, trained=False, value=load)
 
@@ -210,7 +213,8 @@ def _places(shards: Sequence[Shard], index: int, group: dict[str, Shape]) -> dic
             f"{first.path}: flat group {index} has {held} elements on all ranks, and its parameters {needed}{why}"
         )
     for name, pieces in places.items():
-        check([shard.flat[index] for shard in shards], pieces, what=f"the parameter {name!r}")
+        wanted = Wanted(where=first.path, parameter=name, shape=group[name])
+        check([shard.flat[index] for shard in shards], pieces, wanted)
     return places
 
 
@@ -221,7 +225,7 @@ def _flat_group(shards: Sequence[Shard], index: int) -> FlatGroup:
         fits = all(_elementwise(shard, index, source) for shard, source in zip(shards, sources, strict=True))
         states[key] = sources if fits else None
     flat: list[StoredTensor | None] = [shard.flat[index] for shard in shards]
-    return FlatGroup(flat=flat, states=states, scalars=shards[0].optimizer.scalars(index))
+    return FlatGroup(where=shards[0].path, flat=flat, states=states, scalars=shards[0].optimizer.scalars(index))
 
 
 def _elementwise(shard: Shard, index: int, source: StoredTensor | None) -> bool:

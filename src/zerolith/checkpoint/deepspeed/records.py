@@ -127,8 +127,8 @@ def stored(storage: Storage, dtype: torch.dtype, *, offset: Any, shape: Any, str
     numel = math.prod(shape)
     if math.prod(size for size in shape if size) > sys.maxsize // dtype.itemsize:
         raise damage
-    last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if numel else -1
-    if (offset + last + 1) * dtype.itemsize > storage.nbytes:
+    last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    if numel and (offset + last + 1) * dtype.itemsize > storage.nbytes:
         raise storage.archive.damaged(
             storage.record.name, f"a tensor there ends at element {offset + last + 1}, after {storage.nbytes} bytes"
         )

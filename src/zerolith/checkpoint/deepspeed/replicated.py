@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from zerolith.checkpoint.deepspeed.assemble import Piece, gather, refuse, reshaped
+from zerolith.checkpoint.deepspeed.assemble import Piece, Wanted, gather, refuse, reshaped
 from zerolith.checkpoint.deepspeed.checkpoint import ForeignParameter, Load
 from zerolith.checkpoint.deepspeed.matching import REMEDY, Lane, Spot, match
 from zerolith.checkpoint.deepspeed.model_state import ModelState, item
@@ -55,17 +55,15 @@ class Numbered:
         value = weights if self.masters is None else self.masters[at]
         state: dict[str, Load] = {}
         for key, each in self.optimizer.tensors(number).items():
-            what = f"{key!r} of the parameter {name!r}"
+            wanted = Wanted(where=self.model.path, parameter=name, state=key, shape=weights.shape)
             whole = each.shape == weights.shape
-            why = f"has shape {list(each.shape)}, not that of the parameter, {list(weights.shape)}"
-            state[key] = (
-                partial(reshaped, each, shape=each.shape, what=what) if whole else partial(refuse, what=what, why=why)
-            )
+            why = f"has shape {list(each.shape)} instead"
+            state[key] = partial(reshaped, each, wanted) if whole else partial(refuse, wanted, why=why)
         return ForeignParameter(
             shape=weights.shape,
             dtype=weights.dtype,
             trained=True,
-            value=partial(reshaped, value, shape=weights.shape, what=f"the parameter {name!r}"),
+            value=partial(reshaped, value, Wanted(where=self.model.path, parameter=name, shape=weights.shape)),
             state=state,
             scalars=self.optimizer.scalars(number),
         )
@@ -94,22 +92,23 @@ class Flat:
             return False
         if (name, at) not in self.seen:
             piece = Piece(0, Range(at, at + weights.numel))
-            value = gather([self.master], [piece], shape=weights.shape, what=f"the parameter {name!r}")
+            value = gather([self.master], [piece], Wanted(where=self.model.path, parameter=name, shape=weights.shape))
             self.seen[name, at] = _rounds_to(value, weights)
         return self.seen[name, at]
 
     def parameter(self, name: str, at: int) -> ForeignParameter:
         weights = self.model.module[name]
         pieces = [Piece(0, Range(at, at + weights.numel))] if weights.numel else []
+        wanted = Wanted(where=self.model.path, parameter=name, shape=weights.shape)
         loads: dict[str, Load] = {
-            key: partial(gather, [each], pieces, shape=weights.shape, what=f"{key!r} of the parameter {name!r}")
+            key: partial(gather, [each], pieces, replace(wanted, state=key))
             for key, each in self.optimizer.tensors(self.number).items()
         }
         return ForeignParameter(
             shape=weights.shape,
             dtype=weights.dtype,
             trained=True,
-            value=partial(gather, [self.master], pieces, shape=weights.shape, what=f"the parameter {name!r}"),
+            value=partial(gather, [self.master], pieces, wanted),
             state=loads,
             scalars=self.optimizer.scalars(self.number),
         )
@@ -145,7 +144,7 @@ def read_replicated(model: ModelState, group_names: GroupNames | None) -> Restor
 
 def _untrained(name: str, model: ModelState) -> ForeignParameter:
     weights = model.module[name]
-    load = partial(reshaped, weights, shape=weights.shape, what=f"the parameter {name!r}")
+    load = partial(reshaped, weights, Wanted(where=model.path, parameter=name, shape=weights.shape))
     return ForeignParameter(shape=weights.shape, dtype=weights.dtype, trained=False, value=load)
 
 

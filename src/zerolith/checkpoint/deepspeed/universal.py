@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from zerolith.checkpoint.deepspeed.assemble import reshaped
+from zerolith.checkpoint.deepspeed.assemble import Wanted, reshaped
 from zerolith.checkpoint.deepspeed.checkpoint import ForeignParameter, Load
 from zerolith.checkpoint.deepspeed.model_state import ModelState, Shape, item
 from zerolith.checkpoint.deepspeed.optimizer_state import Restored, loss_scale, optimizer_state
@@ -70,15 +70,15 @@ def _trained(
 ) -> ForeignParameter:
     weights = model.module.get(name)
     if VALUE in files:
-        value: Load = partial(_load, files[VALUE], shape=shape, what=f"the parameter {name!r}")
+        value: Load = partial(_load, Wanted(where=files[VALUE], parameter=name, shape=shape))
     elif weights is not None and weights.numel == math.prod(shape):
-        value = partial(reshaped, weights, shape=shape, what=f"the parameter {name!r}")
+        value = partial(reshaped, weights, Wanted(where=model.path, parameter=name, shape=shape))
     else:
         raise CheckpointDamagedError(f"{model.path.parent}: the file zero/{name}/{VALUE}.pt is missing")
     if STEP in files and (step := number(_content(files[STEP]))) is not None:
         scalars = {**scalars, "step": step}
     state: dict[str, Load] = {
-        key: partial(_load, path, shape=shape, what=f"{key!r} of the parameter {name!r}")
+        key: partial(_load, Wanted(where=path, parameter=name, state=key, shape=shape))
         for key, path in files.items()
         if key not in (VALUE, STEP)
     }
@@ -86,11 +86,11 @@ def _trained(
     return ForeignParameter(shape=shape, dtype=dtype, trained=True, value=value, state=state, scalars=scalars)
 
 
-def _load(path: Path, *, shape: Shape, what: str) -> Tensor:
-    tensor = _content(path)
+def _load(wanted: Wanted) -> Tensor:
+    tensor = _content(wanted.where)
     if not isinstance(tensor, StoredTensor):
-        raise CheckpointDamagedError(f"{path}: it holds no tensor, and should hold {what}")
-    return reshaped(tensor, shape=shape, what=what)
+        raise CheckpointDamagedError(f"{wanted.where}: it holds no tensor, and should hold {wanted}")
+    return reshaped(tensor, wanted)
 
 
 def _content(path: Path) -> Any:

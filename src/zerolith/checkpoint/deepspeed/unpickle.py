@@ -28,7 +28,7 @@ MAX_NODES = 5_000_000
 MAX_DEPTH = 100
 MAX_BITS = 2**14  # of a number
 # What may go wrong when the bytes are not those of a pickle.
-NONSENSE = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, EOFError, RecursionError)
+NONSENSE = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, EOFError, RecursionError, Warning)
 
 
 def read_torch_file(path: Path) -> Any:
