@@ -18,7 +18,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 SPEC := $(VENV)/torch-spec
-SOURCES := src tests examples benchmarks docs
+KERNELS := $(wildcard src/zerolith/kernels/csrc/*)
+SOURCES := setup.py src tests examples benchmarks docs
 
 export OMP_NUM_THREADS ?= 1
 export PYTEST_XDIST_AUTO_NUM_WORKERS ?= 2
@@ -63,10 +64,10 @@ demo: $(READY) ## Train a small GPT with ZeRO-3 in bf16
 	    examples/pretrain_gpt.py --config examples/configs/zero3_bf16.json $(DEMO_ARGS)
 
 clean: ## Remove the virtual environment, caches, builds and runs
-	rm -rf $(VENV) build dist runs src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist runs src/*.egg-info src/zerolith/kernels/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(READY): $(SPEC) $(wildcard requirements/*.txt) pyproject.toml
+$(READY): $(SPEC) $(wildcard requirements/*.txt) pyproject.toml setup.py $(KERNELS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "zerolith needs Python 3.10 or later: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q $(TORCH)

@@ -159,6 +159,7 @@ def test_access_edits_and_checkpoints_see_what_is_on_disk(tmp_path: Path) -> Non
 
 def test_what_is_on_disk_cannot_be_read_by_mistake(tmp_path: Path) -> None:
     engine = start(2, "nvme", tmp_path, bf16={"enabled": True})
+    assert "masters and states on disk" in str(engine.summary())
     train(engine, DATA[:1])
     inner = engine.basic_optimizer
     assert [group["params"] for group in inner.param_groups] == [[]]

@@ -18,7 +18,7 @@ from zerolith.cli import main
 from zerolith.errors import CheckpointDamagedError
 
 HERE = Path(__file__).parent
-ARCHIVE = HERE / "fixtures" / "deepspeed.tar.gz"
+ARCHIVE = HERE / "fixtures" / "deepspeed.tar.xz"
 
 CASES = ["z0-2-sgd", "z1-3-fp32", "z2-2-fp16", "z2-2-bf16-universal", "z3-2-fp32", "z3-3-bf16"]
 

@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,23 +92,25 @@ def assert_alike(one: Any, other: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "where"),
+    ("make", "where"),
     [
-        (object(), r"client_state\['a'\]\[1\]\['b'\] is a builtins.object"),
-        (numpy.float32(1), r"numpy.float32.*\.item\(\)"),
-        ({1, 2}, "builtins.set"),
-        (torch.zeros(2).to_sparse(), "sparse"),
-        (torch.float32, "torch.dtype"),
-        (lambda: 0, "function"),
-        ("\ud800", "surrogate"),
-        ({"\ud800": 1}, "surrogate"),
+        (object, r"client_state\['a'\]\[1\]\['b'\] is a builtins.object"),
+        (lambda: numpy.float32(1), r"numpy.float32.*\.item\(\)"),
+        (lambda: {1, 2}, "builtins.set"),
+        (lambda: torch.zeros(2).to_sparse(), "sparse"),
+        (lambda: torch.float32, "torch.dtype"),
+        (lambda: start, "function"),
+        (lambda: "\ud800", "surrogate"),
+        (lambda: {"\ud800": 1}, "surrogate"),
     ],
     ids=["object", "numpy", "set", "sparse", "dtype", "function", "text", "key"],
 )
-def test_what_a_checkpoint_cannot_hold_is_named_by_its_path(value: Any, where: str, tmp_path: Path) -> None:
+def test_what_a_checkpoint_cannot_hold_is_named_by_its_path(
+    make: Callable[[], Any], where: str, tmp_path: Path
+) -> None:
     engine = start()
     with pytest.raises(CheckpointError, match=where):
-        engine.save_checkpoint(tmp_path, client_state={"a": [0, {"b": value}]})
+        engine.save_checkpoint(tmp_path, client_state={"a": [0, {"b": make()}]})
     assert tags(tmp_path) == []
 
 

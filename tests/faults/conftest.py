@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,23 @@ import pytest
 MEMORY = Path("/dev/shm")
 
 
-@pytest.fixture
-def quick_path() -> Iterator[Path]:
+@contextmanager
+def _folder() -> Iterator[Path]:
     """A folder in memory where there is such a thing: what matters here is the order of operations, not the disk."""
     is_usable = MEMORY.is_dir() and os.access(MEMORY, os.W_OK)
     path = Path(tempfile.mkdtemp(prefix="zerolith-", dir=MEMORY if is_usable else None))
     yield path
     shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def quick_path() -> Iterator[Path]:
+    with _folder() as path:
+        yield path
+
+
+@pytest.fixture(scope="module")
+def shared_path() -> Iterator[Path]:
+    """As quick_path, for all tests of a file."""
+    with _folder() as path:
+        yield path

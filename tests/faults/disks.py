@@ -24,23 +24,20 @@ class Op(NamedTuple):
 
 
 class FaultyDisk(Disk):
-    """The real file system under a subclass's `before` and `after`; several threads may use it.
+    """The real file system under a subclass's `before`; several threads may use it.
 
     is_volatile: leave out what only a power cut could tell, for speed.
     """
 
     def __init__(self, *, is_volatile: bool = False) -> None:
-        self.trace: list[Op] = []  # what was done
-        self.count = 0  # of operations, also of those that failed
+        self.begun: list[Op] = []
+        self.trace: list[Op] = []  # of them, those that worked
         self.is_volatile = is_volatile
         self._paths: dict[int, Path] = {}  # by descriptor
         self._turn = threading.RLock()
 
     def before(self, number: int, op: Op) -> None:
         """Operation `number`, counted from 0, is about to be done; what this raises fails it."""
-
-    def after(self, number: int, op: Op) -> None:
-        """It is done."""
 
     def create(self, path: Path) -> int:
         file: int = self._do(Op("create", path), super().create, path)
@@ -70,11 +67,10 @@ class FaultyDisk(Disk):
 
     def _do(self, op: Op, call: Callable[..., object], *args: object) -> object:
         with self._turn:
-            number, self.count = self.count, self.count + 1
-            self.before(number, op)
+            self.begun.append(op)
+            self.before(len(self.begun) - 1, op)
             result = call(*args)
             self.trace.append(op)
-            self.after(number, op)
         return result
 
 
@@ -83,20 +79,20 @@ def _nothing(*_: object) -> None:
 
 
 class Moment(NamedTuple):
-    """A point of a trace: before operation `number`, or when a half of what it writes is there."""
+    """A point in a series of operations: before operation `number`, or when a half of what it writes is there."""
 
     number: int
     is_halfway: bool = False
 
 
-def moments(trace: list[Op]) -> list[Moment]:
+def moments(ops: list[Op]) -> list[Moment]:
     """Every point at which a process may die: before each operation, in the midst of each write, after the last."""
     found = []
-    for number, op in enumerate(trace):
+    for number, op in enumerate(ops):
         found.append(Moment(number))
         if op.kind == "write" and len(op.data) > 1:
             found.append(Moment(number, is_halfway=True))
-    return [*found, Moment(len(trace))]
+    return [*found, Moment(len(ops))]
 
 
 class DeadlyDisk(FaultyDisk):
@@ -112,14 +108,14 @@ class DeadlyDisk(FaultyDisk):
             die(takes_all=self.takes_all)
 
     def write(self, file: int, data: memoryview) -> None:
-        if Moment(self.count, is_halfway=True) == self.moment:
+        if Moment(len(self.begun), is_halfway=True) == self.moment:
             Disk.write(self, file, data[: len(data) // 2])
             die(takes_all=self.takes_all)
         super().write(file, data)
 
     def at_end(self) -> None:
         """The save is over."""
-        if Moment(self.count) == self.moment:
+        if Moment(len(self.begun)) == self.moment:
             die(takes_all=self.takes_all)
 
 

@@ -6,6 +6,7 @@ import functools
 import shutil
 import signal
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,8 +64,8 @@ def solo_content(stage: int, step: int) -> Any:  # a checkpoint.Job
     return redirected(jobs[0], Path(), content=whole)
 
 
-def part_of_save(rank: int, stage: int, folder: Path, save: Save, disk: Disk, links: Links) -> list[Op]:
-    """What one rank does in a save; returns the trace of its disk."""
+def part_of_save(rank: int, stage: int, folder: Path, save: Save, disk: FaultyDisk, links: Links) -> list[Op]:
+    """What one rank does in a save; returns the operations that it has begun."""
     saver = Saver(PipeComm(rank, links), disk, threads=0)
     job = contents(stage)[rank][save.step - 1]
     try:
@@ -73,11 +74,11 @@ def part_of_save(rank: int, stage: int, folder: Path, save: Save, disk: Disk, li
             disk.at_end()
     finally:
         saver.close()
-    return getattr(disk, "trace", [])
+    return disk.begun
 
 
-def run_save(stage: int, folder: Path, save: Save, disks: list[Disk]) -> list[list[Op]]:
-    """A save by ranks that are threads of this process; returns the traces of their disks."""
+def run_save(stage: int, folder: Path, save: Save, disks: Sequence[FaultyDisk]) -> list[list[Op]]:
+    """A save by ranks that are threads of this process; returns the operations that each has begun."""
     contents(stage)  # which forks, and threads should not
     links = make_links(len(disks))
     with ThreadPoolExecutor(len(disks)) as pool:
@@ -128,7 +129,7 @@ def run_to_death(stage: int, folder: Path, save: Save, victim: int, disk: Deadly
 class Rehearsal(NamedTuple):
     """A scenario without a fault."""
 
-    traces: list[list[Op]]  # of the last save, by rank
+    ops: list[list[Op]]  # begun in the last save, by rank
     names: dict[str, str]  # digest of a checkpoint -> "old", "new" or what it is
 
 
@@ -141,11 +142,11 @@ def rehearse(stage: int, folder: Path, scenario: Scenario) -> Rehearsal:
         run_save(stage, old, save, healthy_disks())
         names = {**dict.fromkeys(names, "older"), checkpoint_digest(old / save.tag): "old"}
     shutil.copytree(old, new)
-    traces = run_save(stage, new, scenario.last, healthy_disks())
-    return Rehearsal(traces, {**names, checkpoint_digest(new / scenario.last.tag): "new"})
+    ops = run_save(stage, new, scenario.last, healthy_disks())
+    return Rehearsal(ops, {**names, checkpoint_digest(new / scenario.last.tag): "new"})
 
 
-def healthy_disks() -> list[Disk]:
+def healthy_disks() -> list[FaultyDisk]:
     return [FaultyDisk(is_volatile=True) for _ in range(WORLD)]
 
 

@@ -155,7 +155,7 @@ def test_an_error_in_any_operation_fails_the_save_on_all_ranks(tag: str, code: i
         engine._saver.disk = FaultyDisk()
         digests = {checkpoint_digest(folder / "same"), checkpoint_digest(rehearsal / tag)}
         # The first may be a sync that a job before this one should have done, which nobody insists on.
-        own = [number for number, op in enumerate(healthy.trace) if number or op.kind != "sync_dir"]
+        own = [number for number, op in enumerate(healthy.begun) if number or op.kind != "sync_dir"]
         numbers = engine._sharded.comm.all_gather_bytes(json.dumps(own).encode(), name="operations")
         failures = []
         for rank, number in [(rank, number) for rank, row in enumerate(numbers) for number in json.loads(row)]:

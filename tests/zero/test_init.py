@@ -110,7 +110,8 @@ def live_bytes() -> int:
     storages = {}
     for item in gc.get_objects():
         # Not isinstance: it asks a dead weak proxy, of which torch's compiler leaves some, what it is.
-        if issubclass(type(item), Tensor) and not issubclass(type(item), ShardedParameter):
+        is_tensor = issubclass(type(item), Tensor) and not issubclass(type(item), ShardedParameter)
+        if is_tensor and item.layout is torch.strided:  # sparse ones have no storage
             storage = item.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

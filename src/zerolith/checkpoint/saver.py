@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -85,15 +86,22 @@ class Saver:
         self._write(job)
 
     def save_behind(self, job: Job) -> None:
-        """Copy the checkpoint's tensors and write them in a thread; `poll` or `flush` tell how that went."""
+        """Copy the checkpoint's tensors and write them in a thread; `poll` or `flush` tell how that went.
+
+        Raises CheckpointError on every rank if one has no memory for its copy or for a thread.
+        """
         self.flush()
-        parts = [self._snapshot(part) for part in job.content.parts]
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        snapshot = replace(job, content=replace(job.content, parts=parts))
-        self._outcome = []
-        self._thread = threading.Thread(target=self._write_behind, args=(snapshot,), name="zerolith checkpoint")
-        self._thread.start()
+        given: SimpleQueue[Job | None] = SimpleQueue()
+        thread = threading.Thread(target=self._write_behind, args=(given,), name="zerolith checkpoint")
+        try:
+            with self._together("copying a checkpoint", job.folder / job.tag):
+                snapshot = self._copy(job)
+                thread.start()
+        except BaseException:
+            given.put(None)
+            raise
+        self._outcome, self._thread = [], thread
+        given.put(snapshot)
 
     @property
     def is_busy(self) -> bool:
@@ -144,7 +152,10 @@ class Saver:
         if error is not None:
             raise error
 
-    def _write_behind(self, job: Job) -> None:
+    def _write_behind(self, given: SimpleQueue[Job | None]) -> None:
+        job = given.get()
+        if job is None:
+            return  # some rank has no copy
         try:
             self._write(job)
         except Exception as error:  # whatever it is, the thread that trains must learn of it
@@ -152,6 +163,18 @@ class Saver:
             self._outcome.append(error)
         else:
             self._outcome.append(None)
+
+    def _copy(self, job: Job) -> Job:
+        try:
+            parts = [self._snapshot(part) for part in job.content.parts]
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+        except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError where there is no memory
+            self._memory.clear()
+            raise CheckpointError(
+                f"no copy of the checkpoint could be made, which async_save needs on the host: {error}"
+            ) from error
+        return replace(job, content=replace(job.content, parts=parts))
 
     def _snapshot(self, part: Part) -> Part:
         key = (part.name, part.range.start)
@@ -193,8 +216,8 @@ class Saver:
                     make_folder(self.disk, home)
             try:
                 with self._together("writing a checkpoint", path):
-                    written = self._write_own(job, path, save_id)
-                rows = self.comm.all_gather_bytes(_row(written, job.content), name="checkpoint index")
+                    row = _row(self._write_own(job, path, save_id), job.content)
+                rows = self.comm.all_gather_bytes(row, name="checkpoint index")
                 with self._together("committing a checkpoint", home / MANIFEST):
                     if self.comm.rank == 0:
                         self._commit(job, home, save_id, [json.loads(row) for row in rows])

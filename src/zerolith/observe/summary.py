@@ -38,13 +38,19 @@ def summarize(sharded: ShardedModel, optimizer: PartitionedOptimizer | None, *, 
     kind = type(optimizer.inner).__name__ if optimizer is not None else "no optimizer"
     return Summary(
         headline=f"zerolith: {numel:,} parameters in {len(sharded.units)} units on {comm.size} ranks "
-        f"({comm.backend}, {comm.device.type}), {plan.partitioning}, {kind}",
+        f"({comm.backend}, {comm.device.type}), {plan.partitioning}, {kind}{_offloaded(sharded, optimizer)}",
         units=tuple(
             (unit.name, sum(len(section.members) for section in unit.sections), unit.numel) for unit in sharded.units
         ),
         bytes_per_rank=_bytes_at_rest(sharded, kind),
         wire_bytes_per_step=_wire_bytes(sharded, steps),
     )
+
+
+def _offloaded(sharded: ShardedModel, optimizer: PartitionedOptimizer | None) -> str:
+    if optimizer is not None and optimizer.residency.is_swapped:
+        return ", masters and states on disk"
+    return ", masters and states in host memory" if sharded.plan.master_device is not None else ""
 
 
 def _bytes_at_rest(sharded: ShardedModel, kind: str) -> dict[str, int]:

@@ -30,6 +30,8 @@ constexpr int W = 4;
 #endif
 
 using Floats = Vector<float, W>;
+using Words = Vector<uint32_t, W>;
+using Shorts = Vector<uint16_t, 2 * W>;  // of two vectors of numbers
 
 template <class V>
 inline V load(const void* from) {
@@ -43,11 +45,13 @@ inline void store(void* to, V value) {
     __builtin_memcpy(to, &value, sizeof value);
 }
 
-// Past the caches where the instruction set can; `to` is aligned to the size of V.
-template <class V>
-inline void stream(void* to, V value) {
+// A store; if streaming, past the caches where the instruction set can, and `to` is aligned to the size of V.
+template <bool streaming, class V>
+inline void put(void* to, V value) {
 #if defined(ZL_AVX512) || defined(ZL_AVX2)
-    if constexpr (sizeof(V) == 16) {
+    if constexpr (!streaming) {
+        store(to, value);
+    } else if constexpr (sizeof(V) == 16) {
         _mm_stream_si128(static_cast<__m128i*>(to), (__m128i)value);
     } else if constexpr (sizeof(V) == 32) {
         _mm256_stream_si256(static_cast<__m256i*>(to), (__m256i)value);
@@ -67,7 +71,7 @@ inline void end_streams() {
 #endif
 }
 
-// What the compilers make of __builtin_convertvector between these is three times as long in AVX2.
+// 16-bit integers as 32-bit ones, with zeros or the sign above. Compilers' own code for AVX2 is three times as long.
 template <int N>
 inline Vector<uint32_t, N> widen(Vector<uint16_t, N> x) {
 #if defined(ZL_AVX2)
@@ -76,16 +80,26 @@ inline Vector<uint32_t, N> widen(Vector<uint16_t, N> x) {
     return __builtin_convertvector(x, Vector<uint32_t, N>);
 }
 
-// Each number fits in 16 bits.
 template <int N>
-inline Vector<uint16_t, N> narrow(Vector<uint32_t, N> x) {
+inline Vector<uint32_t, N> widen(Vector<int16_t, N> x) {
 #if defined(ZL_AVX2)
-    if constexpr (N == 8) {
-        const __m256i pairs = _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)x, (__m256i)x), 0b1000);
-        return (Vector<uint16_t, N>)_mm256_castsi256_si128(pairs);
-    }
+    if constexpr (N == 8) return (Vector<uint32_t, N>)_mm256_cvtepi16_epi32((__m128i)x);
 #endif
-    return __builtin_convertvector(x, Vector<uint16_t, N>);
+    return (Vector<uint32_t, N>)__builtin_convertvector(x, Vector<int32_t, N>);
+}
+
+// The other way; each number fits in 16 bits without a sign.
+inline Shorts narrow(Words a, Words b) {
+#if defined(ZL_AVX512)
+    const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    return (Shorts)_mm512_permutexvar_epi64(order, _mm512_packus_epi32((__m512i)a, (__m512i)b));
+#elif defined(ZL_AVX2)
+    return (Shorts)_mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)a, (__m256i)b), 0b11011000);
+#else
+    const Vector<uint16_t, W> halves[] = {__builtin_convertvector(a, Vector<uint16_t, W>),
+                                          __builtin_convertvector(b, Vector<uint16_t, W>)};
+    return load<Shorts>(halves);
+#endif
 }
 
 inline Floats root(Floats x) {
@@ -122,18 +136,16 @@ inline Vector<float, N> widen_fp16(Vector<uint32_t, N> half) {
     return (F)((range == exponent ? special : finite) | (half & 0x8000u) << 16);
 }
 
-template <int N>
-inline Vector<uint32_t, N> narrow_fp16(Vector<float, N> x) {
-    using U = Vector<uint32_t, N>;
-    using I = Vector<int32_t, N>;
-    using F = Vector<float, N>;
-    constexpr uint32_t infinity = 0x7f800000u, overflow = 0x47800000u, smallest_normal = 0x38800000u;
-    const U bits = (U)x, magnitude = bits & 0x7fffffffu;
-    const U normal = (magnitude + ((magnitude >> 13) & 1u) - ((127u - 15u) << 23) + 0xfffu) >> 13;
-    const U subnormal = (U)((F)magnitude + 0.5f) - 0x3f000000u;
-    const U special = (I)magnitude > (I)(U{} + infinity) ? U{} + 0x7e00u : U{} + 0x7c00u;
-    const U finite = (I)magnitude < (I)(U{} + smallest_normal) ? subnormal : normal;
-    return ((I)magnitude >= (I)(U{} + overflow) ? special : finite) | (bits & 0x80000000u) >> 16;
+inline Words narrow_fp16(Floats x) {
+    using Signed = Vector<int32_t, W>;
+    constexpr int32_t infinity = 0x7f800000, overflow = 0x47800000, smallest_normal = 0x38800000;
+    const Words bits = (Words)x, magnitude = bits & 0x7fffffffu;
+    const Signed size = (Signed)magnitude;
+    const Words normal = (magnitude + ((magnitude >> 13) & 1u) - ((127u - 15u) << 23) + 0xfffu) >> 13;
+    const Words subnormal = (Words)((Floats)magnitude + 0.5f) - 0x3f000000u;
+    const Words special = size > infinity ? Words{} + 0x7e00u : Words{} + 0x7c00u;
+    const Words finite = size < smallest_normal ? subnormal : normal;
+    return (size >= overflow ? special : finite) | (bits & 0x80000000u) >> 16;
 }
 
 // --- formats --------------------------------------------------------------------------------------------------------
@@ -144,7 +156,11 @@ struct Fp32 {
     static Vector<float, N> widen(const void* from) {
         return load<Vector<float, N>>(from);
     }
-    static Floats narrow(Floats x) { return x; }
+    template <bool streaming>
+    static void put(char* to, Floats a, Floats b) {
+        ::put<streaming>(to, a);
+        ::put<streaming>(to + sizeof a, b);
+    }
 };
 
 struct Bf16 {
@@ -153,10 +169,13 @@ struct Bf16 {
     static Vector<float, N> widen(const void* from) {
         return (Vector<float, N>)(::widen<N>(load<Vector<uint16_t, N>>(from)) << 16);
     }
-    static Vector<uint16_t, W> narrow(Floats x) {  // to nearest even; NaN becomes 0x7fc0
-        using U = Vector<uint32_t, W>;
-        const U bits = (U)x, rounded = (bits + ((bits >> 16) & 1u) + 0x7fffu) >> 16;
-        return ::narrow<W>(x != x ? U{} + 0x7fc0u : rounded);
+    static Words round(Floats x) {  // to nearest even, in the lower half of each word; NaN becomes 0x7fc0
+        const Words bits = (Words)x, rounded = bits + ((bits >> 16) & 1u) + 0x7fffu;
+        return (x != x ? Words{} + 0x7fc00000u : rounded) >> 16;
+    }
+    template <bool streaming>
+    static void put(char* to, Floats a, Floats b) {
+        ::put<streaming>(to, narrow(round(a), round(b)));
     }
 };
 
@@ -175,39 +194,40 @@ struct Fp16 {
 #endif
         return widen_fp16<N>(::widen<N>(load<Vector<uint16_t, N>>(from)));
     }
-    static Vector<uint16_t, W> narrow(Floats x) {  // to nearest even
-        using Halves = Vector<uint16_t, W>;
+    template <bool streaming>
+    static void put(char* to, Floats a, Floats b) {  // to nearest even
 #if defined(ZL_AVX512)
-        return (Halves)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        ::put<streaming>(to, _mm512_cvtps_ph((__m512)a, TO_NEAREST));
+        ::put<streaming>(to + W * 2, _mm512_cvtps_ph((__m512)b, TO_NEAREST));
 #elif defined(ZL_AVX2)
-        return (Halves)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        ::put<streaming>(to, _mm256_cvtps_ph((__m256)a, TO_NEAREST));
+        ::put<streaming>(to + W * 2, _mm256_cvtps_ph((__m256)b, TO_NEAREST));
 #elif defined(ZL_NEON)
-        return (Halves)vcvt_f16_f32((float32x4_t)x);
+        ::put<streaming>(to, vcvt_high_f16_f32(vcvt_f16_f32((float32x4_t)a), (float32x4_t)b));
 #else
-        return ::narrow<W>(narrow_fp16<W>(x));
+        ::put<streaming>(to, narrow(narrow_fp16(a), narrow_fp16(b)));
 #endif
     }
+#if defined(ZL_AVX512) || defined(ZL_AVX2)
+    static constexpr int TO_NEAREST = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+#endif
 };
 
-// --- an fp32 number as bf16 and 16 more bits -------------------------------------------------------------------------
+// --- an fp32 number as bf16 and 16 more bits ------------------------------------------------------------------------
 
 // The remainder is the lower half as it is; the weight is the upper half, one more if the lower half is half a unit or
 // more: the nearest bf16, away from zero if two are as near. NaN becomes (0x7fc0, 0).
-struct Halves {
-    Vector<uint16_t, W> weight;
-    Vector<int16_t, W> remainder;
+struct SplitPair {
+    Shorts weight, remainder;
 };
 
-inline Halves split(Floats x) {
-    using U = Vector<uint32_t, W>;
-    const U bits = x != x ? U{} + 0x7fc00000u : (U)x;
-    return {narrow<W>((bits + 0x8000u) >> 16), (Vector<int16_t, W>)narrow<W>(bits & 0xffffu)};
+inline SplitPair split(Floats a, Floats b) {
+    const Words nan = Words{} + 0x7fc00000u, x = a != a ? nan : (Words)a, y = b != b ? nan : (Words)b;
+    return {narrow((x + 0x8000u) >> 16, (y + 0x8000u) >> 16), narrow(x & 0xffffu, y & 0xffffu)};
 }
 
-inline Floats join(Halves halves) {
-    using U = Vector<uint32_t, W>;
-    const U lower = widen<W>((Vector<uint16_t, W>)halves.remainder);
-    return (Floats)((widen<W>(halves.weight) << 16) + lower - ((lower & 0x8000u) << 1));
+inline Floats join(Vector<uint16_t, W> weight, Vector<int16_t, W> remainder) {
+    return (Floats)((widen<W>(weight) << 16) + widen<W>(remainder));
 }
 
 }  // namespace

@@ -6,73 +6,83 @@
 namespace {
 
 constexpr Index ROW = 32;  // elements of one turn of a loop: a cache line of bf16
+constexpr Index FETCH_BYTES = 1024;  // how far ahead memory is asked for
 
 // --- where weights lie ----------------------------------------------------------------------------------------------
 
 struct PlainMaster {
     static constexpr int bytes = 4, remainder_bytes = 0;
     static Floats read(const Streams& s, Index at) { return load<Floats>(static_cast<float*>(s.master) + at); }
-    static void write(const Streams& s, Index at, Floats x) { store(static_cast<float*>(s.master) + at, x); }
+    static void write(const Streams& s, Index at, Floats a, Floats b) {
+        store(static_cast<float*>(s.master) + at, a);
+        store(static_cast<float*>(s.master) + at + W, b);
+    }
 };
 
 struct SplitMaster {
     static constexpr int bytes = 2, remainder_bytes = 2;
     static Floats read(const Streams& s, Index at) {
-        return join({load<Vector<uint16_t, W>>(static_cast<uint16_t*>(s.master) + at),
-                     load<Vector<int16_t, W>>(s.remainder + at)});
+        return join(load<Vector<uint16_t, W>>(static_cast<uint16_t*>(s.master) + at),
+                    load<Vector<int16_t, W>>(s.remainder + at));
     }
-    static void write(const Streams& s, Index at, Floats x) {
-        const Halves halves = split(x);
-        store(static_cast<uint16_t*>(s.master) + at, halves.weight);
-        store(s.remainder + at, halves.remainder);
+    static void write(const Streams& s, Index at, Floats a, Floats b) {
+        const SplitPair pair = split(a, b);
+        store(static_cast<uint16_t*>(s.master) + at, pair.weight);
+        store(s.remainder + at, pair.remainder);
     }
 };
 
 struct Nowhere {
     static constexpr int bytes = 0;
+    template <bool streaming>
+    static void put(char*, Floats, Floats) {}
 };
+
+// Asks for the cache lines of a later row. Processors stop fetching ahead by themselves where a page ends, which with
+// several streams is often: without this, one thread took a third longer than a mere copy. May point past the end.
+template <int bytes>
+inline void fetch(const void* base, Index row) {
+    const uintptr_t ahead = reinterpret_cast<uintptr_t>(base) + row * bytes + FETCH_BYTES;
+    for (Index line = 0; line < ROW * bytes; line += 64) {
+        __builtin_prefetch(reinterpret_cast<const void*>(ahead + line));
+    }
+}
 
 template <class Format>
 inline char* item(const void* base, Index at) {
     return const_cast<char*>(static_cast<const char*>(base)) + at * Format::bytes;
 }
 
-#ifdef PF
-template <int bytes> inline void fetch(const void* base, Index row) {
-    const char* p = (const char*)base + (row) * bytes + PF;
-    for (int line = 0; line < ROW*bytes; line += 64) __builtin_prefetch(p + line, 0, 3);
-}
-#endif
 // --- updates --------------------------------------------------------------------------------------------------------
 
+template <class Rule, class Grad, class Master>
+inline Floats update_lanes(const Constants& k, const Streams& s, Index at) {
+    Floats weight = Master::read(s, at), first = {}, second = {};
+    if constexpr (Rule::states > 0) first = load<Floats>(s.first + at);
+    if constexpr (Rule::states > 1) second = load<Floats>(s.second + at);
+    Rule::apply(k, Grad::widen(item<Grad>(s.grad, at)) * k.grad_factor, weight, first, second);
+    if constexpr (Rule::states > 0) store(s.first + at, first);
+    if constexpr (Rule::states > 1) store(s.second + at, second);
+    return weight;
+}
+
 template <class Rule, class Grad, class Master, class Out, bool streaming>
-inline void update_rows(const Scalars& given, const Streams& streams, Index begin, Index end) {
-    const Constants k(given);
+inline void update_rows(const Scalars& scalars, const Streams& streams, Index begin, Index end) {
+    const Constants k(scalars);
     const Streams s = streams;
     for (Index row = begin; row < end; row += ROW) {
-#ifdef PF
-        fetch<Grad::bytes>(s.grad, row); fetch<Master::bytes>(s.master, row);
+        fetch<Grad::bytes>(s.grad, row);
+        fetch<Master::bytes>(s.master, row);
+        fetch<Master::remainder_bytes>(s.remainder, row);
         if constexpr (Rule::states > 0) fetch<4>(s.first, row);
         if constexpr (Rule::states > 1) fetch<4>(s.second, row);
-        if constexpr (Out::bytes>0 && !streaming) fetch<Out::bytes>(s.out, row);
-#endif
-#pragma GCC unroll 8
-        for (int part = 0; part < ROW / W; ++part) {
-            const Index at = row + part * W;
-            Floats weight = Master::read(s, at), first = {}, second = {};
-            if constexpr (Rule::states > 0) first = load<Floats>(s.first + at);
-            if constexpr (Rule::states > 1) second = load<Floats>(s.second + at);
-            Rule::apply(k, Grad::widen(item<Grad>(s.grad, at)) * k.grad_factor, weight, first, second);
-            Master::write(s, at, weight);
-            if constexpr (Rule::states > 0) store(s.first + at, first);
-            if constexpr (Rule::states > 1) store(s.second + at, second);
-            if constexpr (Out::bytes > 0) {
-                if constexpr (streaming) {
-                    stream(item<Out>(s.out, at), Out::narrow(weight));
-                } else {
-                    store(item<Out>(s.out, at), Out::narrow(weight));
-                }
-            }
+#pragma GCC unroll 4
+        for (int pair = 0; pair < ROW / W / 2; ++pair) {
+            const Index at = row + pair * 2 * W;
+            const Floats a = update_lanes<Rule, Grad, Master>(k, s, at);
+            const Floats b = update_lanes<Rule, Grad, Master>(k, s, at + W);
+            Master::write(s, at, a, b);
+            Out::template put<streaming>(item<Out>(s.out, at), a, b);
         }
     }
 }
@@ -98,10 +108,16 @@ void update_part(const Scalars& k, const Streams& s, Index begin, Index end) {
     if constexpr (Out::bytes > 0) __builtin_memcpy(item<Out>(s.out, begin), out, count * Out::bytes);
 }
 
+// Whether streaming stores reach the heads of cache lines from `out` in whole elements.
+template <class Format>
+inline bool can_stream(const void* out) {
+    return reinterpret_cast<uintptr_t>(out) % Format::bytes == 0;
+}
+
 // Elements until `out` is at the head of a cache line.
-template <class Out>
+template <class Format>
 inline Index misaligned(const void* out, Index numel) {
-    const Index count = (-(uintptr_t)out & 63) / Out::bytes;
+    const Index count = (-reinterpret_cast<uintptr_t>(out) & 63) / Format::bytes;
     return count < numel ? count : numel;
 }
 
@@ -109,10 +125,9 @@ template <class Rule, class Grad, class Master, class Out>
 void update(const Scalars& k, const Streams& s, Index numel, bool streaming) {
     Index begin = 0;
     if constexpr (Out::bytes > 0) {
-        if (streaming) {
-            begin = misaligned<Out>(s.out, numel);
-            if (begin > 0) update_part<Rule, Grad, Master, Out>(k, s, 0, begin);
-        }
+        streaming = streaming && can_stream<Out>(s.out);
+        if (streaming) begin = misaligned<Out>(s.out, numel);
+        if (begin > 0) update_part<Rule, Grad, Master, Out>(k, s, 0, begin);
     }
     const Index end = begin + (numel - begin) / ROW * ROW;
     if (Out::bytes > 0 && streaming) {
@@ -153,7 +168,9 @@ inline double block_square_sum(const char* values) {
 template <class Format>
 inline void add_block(float* sum, const char* values) {
 #pragma GCC unroll 8
-    for (Index at = 0; at < BLOCK; at += W) store(sum + at, load<Floats>(sum + at) + Format::widen(values + at * Format::bytes));
+    for (Index at = 0; at < BLOCK; at += W) {
+        store(sum + at, load<Floats>(sum + at) + Format::widen(values + at * Format::bytes));
+    }
 }
 
 template <class Format, bool accumulating>
@@ -192,26 +209,29 @@ double square_sum(const void* values, float* sum, Index numel, double* blocks) {
 
 // --- the split ------------------------------------------------------------------------------------------------------
 
+constexpr Index PAIR = 2 * W;
+
 inline void split_some(float* master, uint16_t* weight, int16_t* remainder, Index count) {
-    Floats x = {};
-    __builtin_memcpy(&x, master, count * 4);
-    const Halves halves = split(x);
-    __builtin_memcpy(weight, &halves.weight, count * 2);
-    __builtin_memcpy(remainder, &halves.remainder, count * 2);
+    Floats x[2] = {};
+    __builtin_memcpy(x, master, count * 4);
+    const SplitPair pair = split(x[0], x[1]);
+    __builtin_memcpy(weight, &pair.weight, count * 2);
+    __builtin_memcpy(remainder, &pair.remainder, count * 2);
 }
 
 inline void join_some(float* master, uint16_t* weight, int16_t* remainder, Index count) {
-    Halves halves = {};
-    __builtin_memcpy(&halves.weight, weight, count * 2);
-    __builtin_memcpy(&halves.remainder, remainder, count * 2);
-    const Floats x = join(halves);
-    __builtin_memcpy(master, &x, count * 4);
+    Vector<uint16_t, W> upper[2] = {};
+    Vector<int16_t, W> lower[2] = {};
+    __builtin_memcpy(upper, weight, count * 2);
+    __builtin_memcpy(lower, remainder, count * 2);
+    const Floats x[2] = {join(upper[0], lower[0]), join(upper[1], lower[1])};
+    __builtin_memcpy(master, x, count * 4);
 }
 
 template <void (*some)(float*, uint16_t*, int16_t*, Index)>
 void convert(float* master, uint16_t* weight, int16_t* remainder, Index numel) {
     Index at = 0;
-    for (; at + W <= numel; at += W) some(master + at, weight + at, remainder + at, W);
+    for (; at + PAIR <= numel; at += PAIR) some(master + at, weight + at, remainder + at, PAIR);
     if (at < numel) some(master + at, weight + at, remainder + at, numel - at);
 }
 
@@ -225,6 +245,10 @@ void copy_rows(const Streams& streams, Index numel) {
     using Raw = Vector<uint8_t, W * Format::bytes>;
     float* master = static_cast<float*>(s.master);
     for (Index row = 0; row + ROW <= numel; row += ROW) {
+        fetch<Format::bytes>(s.grad, row);
+        fetch<4>(s.master, row);
+        fetch<4>(s.first, row);
+        fetch<4>(s.second, row);
 #pragma GCC unroll 8
         for (int part = 0; part < ROW / W; ++part) {
             const Index at = row + part * W;
@@ -233,11 +257,7 @@ void copy_rows(const Streams& streams, Index numel) {
             store(s.first + at, weight);
             store(s.second + at, first);
             const Raw raw = load<Raw>(item<Format>(s.grad, at));
-            if constexpr (streaming) {
-                stream(item<Format>(s.out, at), raw);
-            } else {
-                store(item<Format>(s.out, at), raw);
-            }
+            put<streaming>(item<Format>(s.out, at), raw);
         }
     }
     if (streaming) end_streams();
@@ -245,7 +265,8 @@ void copy_rows(const Streams& streams, Index numel) {
 
 template <class Format>
 void copy(const Streams& s, Index numel, bool streaming) {
-    streaming ? copy_rows<Format, true>(s, numel) : copy_rows<Format, false>(s, numel);
+    const bool is_aligned = reinterpret_cast<uintptr_t>(s.out) % 64 == 0;
+    streaming && is_aligned ? copy_rows<Format, true>(s, numel) : copy_rows<Format, false>(s, numel);
 }
 
 }  // namespace

@@ -37,7 +37,7 @@ struct AdamRule {
     static void apply(const Constants& k, Floats grad, Floats& weight, Floats& average, Floats& square) {
         average = lerp(average, grad, k.first_toward, k.first_is_large);
         square = square * k.second_keep + grad * k.second_gain * grad;
-        weight = weight - average * k.rate / (root(square) * k.root_factor + k.eps);
+        weight = weight - average * k.rate / (root(square) + k.eps);
     }
 };
 
@@ -50,7 +50,7 @@ struct AdamWRule : AdamRule {  // the decay apart from the gradient
 
 struct AdamL2Rule : AdamRule {  // the decay in the gradient
     static void apply(const Constants& k, Floats grad, Floats& weight, Floats& average, Floats& square) {
-        AdamRule::apply(k, grad + weight * k.weight_decay, weight, average, square);
+        AdamRule::apply(k, with_decay(k, grad, weight), weight, average, square);
     }
 };
 

@@ -1,4 +1,4 @@
-// Threads for one call. None of them outlives it, so a process may fork between any two calls, and none ever waits idle.
+// Threads for one call. None outlives it, so a process may fork between any two calls, and none ever waits idle.
 #pragma once
 
 #include <pthread.h>
@@ -44,7 +44,9 @@ void for_each_chunk(int threads, Index num_chunks, Body body) {
         pthread_sigmask(SIG_SETMASK, &all, &before);
         pthread_attr_init(&attributes);
         pthread_attr_setstacksize(&attributes, STACK_BYTES);
-        while (started < wanted && pthread_create(&helpers[started], &attributes, Work<Body>::enter, &work) == 0) ++started;
+        while (started < wanted && pthread_create(&helpers[started], &attributes, Work<Body>::enter, &work) == 0) {
+            ++started;
+        }
         pthread_attr_destroy(&attributes);
         pthread_sigmask(SIG_SETMASK, &before, nullptr);
     }

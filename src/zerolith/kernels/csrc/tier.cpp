@@ -19,7 +19,8 @@
 
 // In the order of the enumerations in tier.h.
 extern const Tier TIER = {
-    {FORMATS_OF(AdamWRule), FORMATS_OF(AdamL2Rule), FORMATS_OF(LionRule), FORMATS_OF(AdagradRule), FORMATS_OF(SgdRule), FORMATS_OF(MomentumRule)},
+    {FORMATS_OF(AdamWRule), FORMATS_OF(AdamL2Rule), FORMATS_OF(LionRule), FORMATS_OF(AdagradRule), FORMATS_OF(SgdRule),
+     FORMATS_OF(MomentumRule)},
     {square_sum<Fp32, false>, square_sum<Bf16, false>, square_sum<Fp16, false>},
     {square_sum<Fp32, true>, square_sum<Bf16, true>, square_sum<Fp16, true>},
     convert<split_some>,

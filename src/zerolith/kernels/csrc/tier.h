@@ -21,7 +21,6 @@ struct Scalars {
     float first_gain;
     float second_keep;
     float second_gain;
-    float root_factor;
     float eps;
     float rate;
     int32_t is_first;

@@ -1,0 +1,15 @@
+"""Fused native passes behind plain functions: optimizer steps, gradient sums, split masters.
+
+Nothing here communicates, and nothing is compiled at run time. On CUDA tensors Triton does the work, if there is one.
+"""
+
+from zerolith.kernels.arrays import SplitMaster as SplitMaster
+from zerolith.kernels.native import library as _library
+from zerolith.kernels.split_master import join as join, split as split
+from zerolith.kernels.sums import SquareSum as SquareSum, accumulate as accumulate, square_sum as square_sum
+from zerolith.kernels.updates import adagrad as adagrad, adamw as adamw, lion as lion, sgd as sgd
+
+
+def is_compiled() -> bool:
+    """Whether the compiled library serves on the CPU; if not, torch operations do, with the same results."""
+    return _library() is not None

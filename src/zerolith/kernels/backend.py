@@ -1,0 +1,60 @@
+"""Who does the work: the compiled library on the CPU, Triton on CUDA, torch operations everywhere else."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from zerolith.errors import UsageError
+from zerolith.kernels import native, reference
+from zerolith.kernels.arrays import Arrays
+from zerolith.kernels.recipe import Recipe
+
+
+class Backend(Protocol):
+    """One implementation; all have the same results. Arguments are checked already."""
+
+    def update(self, recipe: Recipe, arrays: Arrays, *, threads: int) -> None:
+        """One step on whole arrays."""
+
+    def square_sum(self, values: Tensor, blocks: Tensor | None, *, threads: int) -> float:
+        """The sum of squares of `values`; those of its blocks go to `blocks`, if given."""
+
+    def accumulate(self, target: Tensor, values: Tensor, blocks: Tensor | None, *, threads: int) -> float:
+        """Add `values` to the fp32 `target`, and take the square sum of the result."""
+
+    def split(self, master: Tensor, weight: Tensor, remainder: Tensor, *, threads: int) -> None:
+        """Write both halves of `master`."""
+
+    def join(self, master: Tensor, weight: Tensor, remainder: Tensor, *, threads: int) -> None:
+        """Write `master` from both halves."""
+
+
+def backend_for(device: torch.device) -> Backend:
+    """The fastest there is."""
+    if device.type == "cpu":
+        return native.library() or reference
+    if device.type == "cuda" and _has_triton():
+        from zerolith.kernels import triton_kernels
+
+        return triton_kernels
+    return reference
+
+
+def num_threads(threads: int | None) -> int:
+    """As asked for, or as many as torch uses."""
+    if threads is None:
+        return torch.get_num_threads()
+    if threads < 1:
+        raise UsageError(f"threads {threads}: at least the caller's own is needed")
+    return threads
+
+
+@functools.cache
+def _has_triton() -> bool:
+    # Not on AMD's GPUs: whether its roots and divisions round correctly there has not been tested.
+    return torch.version.hip is None and importlib.util.find_spec("triton") is not None
