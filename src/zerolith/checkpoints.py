@@ -36,7 +36,7 @@ from zerolith.checkpoint import (
     whole_state_dict,
 )
 from zerolith.comm import side_comm
-from zerolith.errors import CheckpointDamagedError, UsageError
+from zerolith.errors import CheckpointDamagedError, CheckpointError, UsageError
 from zerolith.optim import PartitionedOptimizer
 
 logger = logging.getLogger("zerolith")
@@ -181,14 +181,20 @@ class Checkpoints(Batches):
 
     def _after_step(self) -> None:
         """Tell of a save behind the training; save and leave if the job is to end. Collective."""
-        if self._saver is not None:
-            self._saver.poll(self._sharded.comm)
-        if self._preemption is None:
-            return
-        if not self._sharded.comm.max([float(self._preemption.requested)], name="preemption")[0]:
+        is_told = self._preemption is not None
+        if is_told:
+            flag = float(self._preemption is not None and self._preemption.requested)
+            is_told = bool(self._sharded.comm.max([flag], name="preemption")[0])
+        if not is_told:
+            if self._saver is not None:
+                self._saver.poll(self._sharded.comm)
             return
         saver = self._open_saver()
-        saver.flush()
+        try:
+            saver.flush()
+        except CheckpointError as error:  # no reason not to make the last one
+            logger.error("%s", error)
+            self._saved_step = -1
         if self._saved_step != self.global_steps:
             self.save_checkpoint(client_state=self.client_state)
             saver.flush()

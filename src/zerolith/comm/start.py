@@ -76,13 +76,23 @@ def default_comm(*, reproducible: bool = False) -> Comm:
 
 
 def side_comm(comm: Comm, *, timeout: timedelta) -> Comm:
-    """The ranks of `comm` with a group of their own on the CPU, for threads beside the one that trains. Collective."""
+    """The ranks of `comm` with a group of their own on the CPU, for threads beside the one that trains.
+
+    Collective. Raises PeerLostError.
+    """
     cpu = torch.device("cpu")
     if comm.group is None:
         return Comm(None, cpu)
-    with _on_loopback(is_local=_env_int("LOCAL_WORLD_SIZE", 0) == comm.size):
-        ranks = dist.get_process_group_ranks(comm.group)
-        return Comm(dist.new_group(ranks, backend="gloo", timeout=timeout), cpu)
+    ranks = dist.get_process_group_ranks(comm.group)
+    comm.max([0.0], name="second group")  # a rank that is gone is noticed here at once, and there after the timeout
+    try:
+        with _on_loopback(is_local=_env_int("LOCAL_WORLD_SIZE", 0) == comm.size):
+            return Comm(dist.new_group(ranks, backend="gloo", timeout=timeout), cpu)
+    except RuntimeError as error:  # DistNetworkError, DistStoreError and others
+        raise PeerLostError(
+            f"no second group of {comm.size} ranks could be made: another rank died or did not answer; look for "
+            f"the first error in the other ranks' logs. torch says: {error}"
+        ) from error
 
 
 @contextmanager
