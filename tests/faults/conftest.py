@@ -11,7 +11,18 @@ from pathlib import Path
 
 import pytest
 
+import zerolith.checkpoint.blocks
+
 MEMORY = Path("/dev/shm")
+SMALL_BLOCK = 700  # bytes
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _small_blocks() -> Iterator[None]:
+    """So that the data files of small models take several writes, as those of large ones do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zerolith.checkpoint.blocks, "BLOCK_BYTES", SMALL_BLOCK)
+        yield
 
 
 @contextmanager

@@ -39,7 +39,9 @@ def refusal(home: Path) -> str:
     """What a reader says of a damaged checkpoint."""
     with pytest.raises(CheckpointDamagedError) as caught:
         with Reader(home) as reader:
-            reader.verify()
+            for name in reader.manifest.tensors:
+                for _ in reader.blocks(name):
+                    pass
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

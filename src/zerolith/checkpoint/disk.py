@@ -6,6 +6,7 @@ Nothing here follows a symbolic link in the last part of a path, and new files n
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from zerolith.errors import CheckpointDamagedError, CheckpointError
+from zerolith.memory.pages import ALIGNMENT, set_direct
 
 WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe in a file's place must not hold us up
@@ -26,9 +28,15 @@ class Disk:
         return os.open(path, WRITE, 0o666)
 
     def write(self, file: int, data: memoryview) -> None:
-        """Append all of `data`."""
+        """Append all of `data`. A file that is written past the page cache goes through it for the rest of a page."""
         while data:
-            data = data[os.write(file, data) :]
+            if len(data) % ALIGNMENT:
+                set_direct(file, False)
+            try:
+                data = data[os.write(file, data) :]
+            except OSError as error:
+                if error.errno != errno.EINVAL or not set_direct(file, False):
+                    raise
 
     def sync(self, file: int) -> None:
         """Return when what was written to the file would survive a power cut."""

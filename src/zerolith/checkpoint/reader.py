@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
+import math
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from zerolith.checkpoint.blocks import BlockReader, Span
 from zerolith.checkpoint.content import Part
-from zerolith.checkpoint.disk import READ, bytes_of, read_into
+from zerolith.checkpoint.disk import READ, read_into
 from zerolith.checkpoint.manifest import DTYPES, Manifest, Piece, TensorRecord, checksum, read_manifest
 from zerolith.errors import CheckpointDamagedError, CheckpointError
 from zerolith.layout import Range
+from zerolith.memory.pages import set_direct
 
 Progress = Callable[[int], object]  # told of bytes that have been read
 
-BLOCK_CHUNKS = 16  # read at once
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Bytes [start, stop) of a piece of a tensor, which have a checksum of their own."""
+
+    name: str  # of the tensor
+    dtype: torch.dtype
+    piece: Piece
+    number: int
+    start: int
+    stop: int
+
+    @property
+    def offset(self) -> int:
+        """In the file."""
+        return self.piece.offset + self.start
 
 
 class Reader:
@@ -34,6 +53,7 @@ class Reader:
         self.manifest: Manifest = read_manifest(folder)
         self.progress = progress
         self._files: list[int] = []
+        self._helper = ThreadPoolExecutor(1, "zerolith reader")  # which starts its thread when it is first asked
         while True:
             try:
                 self._open_all()
@@ -42,15 +62,19 @@ class Reader:
                 before, self.manifest = self.manifest, read_manifest(folder)
                 if before.id == self.manifest.id:  # else the tag was saved again in between
                     raise
-        self._scratch = torch.empty(BLOCK_CHUNKS * self.manifest.chunk_bytes, dtype=torch.uint8)
+        self._blocks = BlockReader(self.manifest.chunk_bytes, self._helper)
 
     def _open_all(self) -> None:
         try:
             for number in range(len(self.manifest.files)):
                 self._files.append(self._open(number))
         except BaseException:
-            self.close()
+            self._close_all()
             raise
+
+    def _close_all(self) -> None:
+        while self._files:
+            os.close(self._files.pop())
 
     def __enter__(self) -> Reader:
         return self
@@ -59,8 +83,8 @@ class Reader:
         self.close()
 
     def close(self) -> None:
-        while self._files:
-            os.close(self._files.pop())
+        self._helper.shutdown()
+        self._close_all()
 
     def tensor(self, name: str) -> Tensor:
         """The whole tensor `name` in the dtype of the file, on the CPU. Raises CheckpointError."""
@@ -76,100 +100,73 @@ class Reader:
             raise CheckpointError(f"{self.folder}: it has no tensor {name!r}")
         return record
 
-    def fill(self, parts: Iterable[Part], *, hasher: Executor | None = None) -> None:
+    def fill(self, parts: Iterable[Part]) -> None:
         """Copy the checkpoint's values into the memory of `parts`, cast to its dtype; only needed chunks are read.
 
         Raises CheckpointDamagedError with file, tensor and bytes at the first chunk that is not what was written;
-        some of `parts` have new values then.
+        some of `parts` have new values then. Raises CheckpointError if the disk does not give one.
         """
-        for part in parts:
-            record = self.record(part.name)
-            for piece in record.pieces:
-                wanted = Range(piece.start, piece.stop).clip(part.range)
-                if wanted.numel:
-                    self._fill_from(piece, wanted, record, part, hasher)
+        wanted = [(chunk, part) for part in parts for chunk in self._chunks_of(part.name, part.range)]
+        wanted.sort(key=lambda each: (each[0].piece.file, each[0].offset))
+        data = self._checked([chunk for chunk, _ in wanted])
+        for (chunk, part), held in zip(wanted, data, strict=True):
+            _put(chunk, held, part)
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         """The elements of `name` in order, flat, some at a time and each checked. The memory is reused.
 
-        Raises CheckpointError, CheckpointDamagedError at the first chunk that is not what was written.
+        Raises as `fill` does.
         """
         record = self.record(name)
-        for piece in sorted(record.pieces, key=lambda piece: piece.start):
-            for _, block in self._checked(name, piece, Range(0, _piece_bytes(self.manifest, name, piece)), None):
-                yield block.view(DTYPES[record.dtype])
+        for data in self._checked([*self._chunks_of(name, Range(0, math.prod(record.shape)))]):
+            yield torch.frombuffer(data, dtype=DTYPES[record.dtype])
 
-    def verify(self) -> None:
-        """Read and check every byte. Raises CheckpointDamagedError at the first that is wrong."""
-        for name, record in self.manifest.tensors.items():
-            size = DTYPES[record.dtype].itemsize
-            for piece in record.pieces:
-                for at, block in self._checked(name, piece, Range(0, (piece.stop - piece.start) * size), None):
-                    del at, block
-
-    def _fill_from(
-        self, piece: Piece, wanted: Range, record: TensorRecord, part: Part, hasher: Executor | None
-    ) -> None:
+    def _chunks_of(self, name: str, wanted: Range) -> Iterator[_Chunk]:
+        """The chunks that hold elements `wanted` of a tensor."""
+        record, chunk_bytes = self.record(name), self.manifest.chunk_bytes
         dtype = DTYPES[record.dtype]
-        span = Range((wanted.start - piece.start) * dtype.itemsize, (wanted.stop - piece.start) * dtype.itemsize)
-        target = part.data[wanted.start - part.range.start : wanted.stop - part.range.start]
-        if self._is_direct(piece, span, record, target):
-            memory = bytes_of(target)
-            for start in range(0, span.numel, BLOCK_CHUNKS * self.manifest.chunk_bytes):
-                own = memory[start : start + BLOCK_CHUNKS * self.manifest.chunk_bytes]
-                held = Range(span.start + start, span.start + start + len(own))
-                self._read(piece, held, own, part.name, hasher)
-            return
-        for at, block in self._checked(part.name, piece, span, hasher):
-            values = block.view(dtype)
-            target[at // dtype.itemsize :][: values.numel()].copy_(values)
+        for piece in sorted(record.pieces, key=lambda piece: piece.start):
+            part = Range(piece.start, piece.stop).clip(wanted)
+            if part.numel:
+                nbytes = (piece.stop - piece.start) * dtype.itemsize
+                first = (part.start - piece.start) * dtype.itemsize // chunk_bytes
+                last = -(-(part.stop - piece.start) * dtype.itemsize // chunk_bytes)
+                for number in range(first, last):
+                    start = number * chunk_bytes
+                    yield _Chunk(name, dtype, piece, number, start, min(nbytes, start + chunk_bytes))
 
-    def _is_direct(self, piece: Piece, span: Range, record: TensorRecord, target: Tensor) -> bool:
-        """Whether whole chunks may be read straight into `target`'s memory."""
-        chunk = self.manifest.chunk_bytes
-        is_same = target.device.type == "cpu" and target.dtype == DTYPES[record.dtype] and target.is_contiguous()
-        is_end = span.stop == (piece.stop - piece.start) * target.element_size()
-        return is_same and span.start % chunk == 0 and (is_end or span.stop % chunk == 0)
+    def _checked(self, chunks: Sequence[_Chunk]) -> Iterator[memoryview]:
+        """The bytes of each chunk; the memory is reused."""
+        spans = [Span(self._files[each.piece.file], each.offset, each.stop - each.start) for each in chunks]
+        data, num_done = self._blocks.read(spans), 0
+        try:
+            for chunk, held in zip(chunks, data, strict=True):
+                if len(held) < chunk.stop - chunk.start:
+                    raise self._damage(chunk, "the file ends in it")
+                if checksum(held) != chunk.piece.xxh3[chunk.number]:
+                    raise self._damage(chunk, "their checksum is wrong")
+                yield held
+                num_done += 1
+                self.progress(len(held))
+        except OSError as error:
+            raise CheckpointError(f"{self._place(chunks[num_done])} cannot be read ({error.strerror})") from error
+        finally:
+            data.close()
 
-    def _checked(self, name: str, piece: Piece, span: Range, hasher: Executor | None) -> Iterable[tuple[int, Tensor]]:
-        """(bytes from the start of `span`, that part of it) in order, each checked. The tensors are reused."""
-        chunk = self.manifest.chunk_bytes
-        size = _piece_bytes(self.manifest, name, piece)
-        first, last = span.start // chunk, -(-span.stop // chunk)
-        for head in range(first, last, BLOCK_CHUNKS):
-            held = Range(head * chunk, min(size, min(last, head + BLOCK_CHUNKS) * chunk))
-            block = self._scratch[: held.numel]
-            self._read(piece, held, bytes_of(block), name, hasher)
-            part = span.clip(held)
-            yield part.start - span.start, block[part.start - held.start : part.stop - held.start]
+    def _damage(self, chunk: _Chunk, what: str) -> CheckpointDamagedError:
+        return CheckpointDamagedError(f"{self._place(chunk)} are not what was saved ({what})")
 
-    def _read(self, piece: Piece, held: Range, target: memoryview, name: str, hasher: Executor | None) -> None:
-        chunk, file = self.manifest.chunk_bytes, self._files[piece.file]
-        pending: list[tuple[int, str | Future[str]]] = []
-        for start in range(0, held.numel, chunk):
-            part = target[start : start + chunk]
-            if read_into(file, part, offset=piece.offset + held.start + start) < len(part):
-                raise self._damage(piece, name, held.start + start, len(part), "the file ends in it")
-            pending.append((start, checksum(part) if hasher is None else hasher.submit(checksum, part)))
-        for start, digest in pending:
-            found = digest if isinstance(digest, str) else digest.result()
-            if found != piece.xxh3[(held.start + start) // chunk]:
-                length = min(chunk, held.numel - start)
-                raise self._damage(piece, name, held.start + start, length, "their checksum is wrong")
-        self.progress(held.numel)
-
-    def _damage(self, piece: Piece, name: str, start: int, length: int, what: str) -> CheckpointDamagedError:
-        path = self.folder / self.manifest.files[piece.file].name
-        first = piece.offset + start
-        return CheckpointDamagedError(
-            f"{path}: bytes {first} to {first + length} of tensor {name!r} are not what was saved ({what})"
-        )
+    def _place(self, chunk: _Chunk) -> str:
+        path = self.folder / self.manifest.files[chunk.piece.file].name
+        stop = chunk.offset + chunk.stop - chunk.start
+        return f"{path}: bytes {chunk.offset} to {stop} of tensor {chunk.name!r}"
 
     def _open(self, number: int) -> int:
         path = self.folder / self.manifest.files[number].name
         file = open_file(path)
         try:
             check_file(file, path, self.manifest, number)
+            set_direct(file, True)
         except BaseException:
             os.close(file)
             raise
@@ -206,5 +203,10 @@ def check_file(file: int, path: Path, manifest: Manifest, number: int) -> None:
         raise CheckpointDamagedError(f"{path}: {why}")
 
 
-def _piece_bytes(manifest: Manifest, name: str, piece: Piece) -> int:
-    return (piece.stop - piece.start) * DTYPES[manifest.tensors[name].dtype].itemsize
+def _put(chunk: _Chunk, data: memoryview, part: Part) -> None:
+    """Copy those elements of a chunk that `part` takes to their places."""
+    first = chunk.piece.start + chunk.start // chunk.dtype.itemsize  # element of the tensor
+    held = Range(first, first + len(data) // chunk.dtype.itemsize)
+    both = held.clip(part.range)
+    values = torch.frombuffer(data, dtype=chunk.dtype)[both.start - first : both.stop - first]
+    part.data[both.start - part.range.start : both.stop - part.range.start].copy_(values)

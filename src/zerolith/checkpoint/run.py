@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from zerolith.checkpoint.content import Content
+from zerolith.checkpoint.content import Content, Part
 from zerolith.checkpoint.manifest import Manifest, ParameterRecord
 from zerolith.checkpoint.mismatch import UNKNOWN, check_optimizer, check_states, matching_names
 from zerolith.checkpoint.reader import Reader
@@ -147,13 +148,18 @@ def restore(run: Run, reader: Reader, wants: Wants, names: set[str]) -> None:
 
 
 def _fill_trained(run: Run, reader: Reader, names: set[str], *, takes_states: bool) -> None:
-    """Masters, states and gradients, a section at a time: what is on disk is not in memory all at once."""
+    """Masters, states and gradients; a section at a time, if on disk: they are not in memory all at once."""
     optimizer, keys = run.sharded.optimizer, state_keys(reader.manifest)
-    for own in optimizer.gradients if optimizer is not None else ():
-        assert optimizer is not None, "without one there is no section to fill"
-        with optimizer.residency.resident(own):
-            parts = master_parts(optimizer, own, names)
-            reader.fill(parts + (state_parts(optimizer, own, reader.manifest, keys) if takes_states else []))
+    if optimizer is not None:
+        owns = optimizer.gradients
+        for together in [[own] for own in owns] if optimizer.residency.is_swapped else [owns]:
+            with ExitStack() as resident:
+                parts: list[Part] = []
+                for own in together:
+                    resident.enter_context(optimizer.residency.resident(own))
+                    parts += master_parts(optimizer, own, names)
+                    parts += state_parts(optimizer, own, reader.manifest, keys) if takes_states else []
+                reader.fill(parts)
     if takes_states:
         parts, after = gradient_parts(run.sharded, reader.manifest)
         reader.fill(parts)

@@ -83,7 +83,8 @@ class Saver:
     def save(self, job: Job) -> None:
         """Write a checkpoint; returns when it would survive a power cut. Raises CheckpointError on every rank."""
         self.flush()
-        self._write(job)
+        with self._claim(job):
+            self._write(job)
 
     def save_behind(self, job: Job) -> None:
         """Copy the checkpoint's tensors and write them in a thread; `poll` or `flush` tell how that went.
@@ -92,13 +93,15 @@ class Saver:
         """
         self.flush()
         given: SimpleQueue[Job | None] = SimpleQueue()
-        thread = threading.Thread(target=self._write_behind, args=(given,), name="zerolith checkpoint")
+        claim = self._claim(job)
+        thread = threading.Thread(target=self._write_behind, args=(given, claim), name="zerolith checkpoint")
         try:
             with self._together("copying a checkpoint", job.folder / job.tag):
                 snapshot = self._copy(job)
                 thread.start()
         except BaseException:
             given.put(None)
+            claim.close()
             raise
         self._outcome, self._thread = [], thread
         given.put(snapshot)
@@ -152,12 +155,13 @@ class Saver:
         if error is not None:
             raise error
 
-    def _write_behind(self, given: SimpleQueue[Job | None]) -> None:
+    def _write_behind(self, given: SimpleQueue[Job | None], claim: ExitStack) -> None:
         job = given.get()
         if job is None:
             return  # some rank has no copy
         try:
-            self._write(job)
+            with claim:
+                self._write(job)
         except Exception as error:  # whatever it is, the thread that trains must learn of it
             logger.error("checkpoint %s was not saved: %s", job.tag, error)  # now: it may never ask again
             self._outcome.append(error)
@@ -199,33 +203,39 @@ class Saver:
             error = caught
         agree(self.comm, error, doing=doing, kind=CheckpointError)
 
+    def _claim(self, job: Job) -> ExitStack:
+        """The tag, for this engine alone until the stack is closed. Raises CheckpointError on every rank."""
+        self.lock(job.folder)
+        with ExitStack() as claim:
+            with self._together("preparing a checkpoint", job.folder / job.tag):
+                tag_folder(job.folder, job.tag)
+                if self.comm.rank == 0:
+                    claim.enter_context(self._locks[job.folder].writing(job.tag))
+            return claim.pop_all()
+
     def _write(self, job: Job) -> None:
         """The commit. See [Note: commit] in folder.py."""
-        self.lock(job.folder)
         home = job.folder / job.tag
         chosen = self.comm.all_gather_bytes(f"{secrets.token_hex(8)} {job.tag}".encode(), name="checkpoint id")
         save_id, tag = chosen[0].decode().split(" ", 1)
         path = home / f"rank-{self.comm.rank:05d}-{save_id}.safetensors"
-        with ExitStack() as done:
-            with self._together("making a folder for the checkpoint", home):
-                tag_folder(job.folder, job.tag)
-                if tag != job.tag:
-                    raise CheckpointError(f"ranks save under different tags: rank 0 {tag!r}, this rank {job.tag!r}")
+        with self._together("making a folder for the checkpoint", home):
+            if tag != job.tag:
+                raise CheckpointError(f"ranks save under different tags: rank 0 {tag!r}, this rank {job.tag!r}")
+            if self.comm.rank == 0:
+                make_folder(self.disk, home)
+        try:
+            with self._together("writing a checkpoint", path):
+                row = _row(self._write_own(job, path, save_id), job.content)
+            rows = self.comm.all_gather_bytes(row, name="checkpoint index")
+            with self._together("committing a checkpoint", home / MANIFEST):
                 if self.comm.rank == 0:
-                    done.enter_context(self._locks[job.folder].writing(job.tag))
-                    make_folder(self.disk, home)
-            try:
-                with self._together("writing a checkpoint", path):
-                    row = _row(self._write_own(job, path, save_id), job.content)
-                rows = self.comm.all_gather_bytes(row, name="checkpoint index")
-                with self._together("committing a checkpoint", home / MANIFEST):
-                    if self.comm.rank == 0:
-                        self._commit(job, home, save_id, [json.loads(row) for row in rows])
-            except DistributedError:
-                raise  # a rank is gone: what is left of the save is swept at the next start
-            except Exception:
-                self._clean(home, path, save_id)
-                raise
+                    self._commit(job, home, save_id, [json.loads(row) for row in rows])
+        except DistributedError:
+            raise  # a rank is gone: what is left of the save is swept at the next start
+        except Exception:
+            self._clean(home, path, save_id)
+            raise
 
     def _write_own(self, job: Job, path: Path, save_id: str) -> Written | None:
         is_first = self.comm.rank == 0  # who writes tensors without elements, of which no rank has a part
@@ -234,7 +244,7 @@ class Saver:
             raise CheckpointError(f"{path.parent}: not to be seen from here; ranks must save to storage that all share")
         if not parts:
             return None
-        written = write_shard(self.disk, path, parts, checkpoint=save_id, hasher=self._hashers)
+        written = write_shard(self.disk, path, parts, checkpoint=save_id, hashers=self._hashers)
         if job.read_back:
             read_back(path, written)
         return written

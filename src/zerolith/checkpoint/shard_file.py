@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, Future
+from collections.abc import Sequence
+from concurrent.futures import Executor, Future, wait
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
+from zerolith.checkpoint.blocks import BlockWriter
 from zerolith.checkpoint.content import Part
 from zerolith.checkpoint.disk import Disk, bytes_of, open_anew, read_into
 from zerolith.checkpoint.manifest import CHUNK_BYTES, DTYPES, NAMES, FileRecord, Piece, TensorRecord, checksum
@@ -19,7 +19,6 @@ from zerolith.errors import CheckpointDamagedError
 
 HEADER_ALIGNMENT = 64  # bytes: safetensors' own writer pads to 8
 STAGED_BYTES = 16 * CHUNK_BYTES  # of tensors on a device, copied to the host at a time; a multiple of a chunk
-WRITTEN_BYTES = 16 * CHUNK_BYTES  # in one call
 
 
 class Written(NamedTuple):
@@ -30,22 +29,28 @@ class Written(NamedTuple):
 
 
 def write_shard(
-    disk: Disk, path: Path, parts: Sequence[Part], *, checkpoint: str, hasher: Executor | None = None
+    disk: Disk, path: Path, parts: Sequence[Part], *, checkpoint: str, hashers: Executor | None = None
 ) -> Written:
     """Write `parts`, none of them empty unless its tensor is, to the new file `path` and see it safe on disk.
 
-    `hasher` computes checksums beside the writing. Raises OSError, and leaves the file as it is then.
+    `hashers` compute checksums beside the writing. Raises OSError, and leaves the file as it is then.
     """
     parts = sorted(parts, key=lambda part: -part.data.element_size())
     metadata = {"format": "zerolith", "checkpoint": checkpoint}
     header = safetensors_header([_described(part) for part in parts], metadata)
     file = disk.create(path)
     try:
-        disk.write(file, memoryview(header))
-        digests = [_write_part(disk, file, part.make() if part.make else part.data, hasher) for part in parts]
+        writer = BlockWriter(disk, file, hashers)
+        try:
+            writer.put(memoryview(bytearray(header)))
+            pending = [_write_part(writer, part) for part in parts]
+            writer.finish()
+        finally:
+            writer.settle()
         disk.sync(file)
     finally:
         os.close(file)
+    digests = [[digest for task in tasks for digest in task.result()] for tasks in pending]
     tensors: dict[str, TensorRecord] = {}
     offset = len(header)
     for part, digest in zip(parts, digests, strict=True):
@@ -112,36 +117,19 @@ def _numel(shape: Sequence[int]) -> int:
     return torch.Size(shape).numel()
 
 
-def _write_part(disk: Disk, file: int, data: Tensor, hasher: Executor | None) -> list[str]:
-    digests: list[str] = []
-    for block in _blocks(data):
-        behind = _start(hasher, block) if hasher is not None and len(block) > CHUNK_BYTES else None
-        for start in range(0, len(block), WRITTEN_BYTES):
-            disk.write(file, block[start : start + WRITTEN_BYTES])
-        digests += behind.result() if behind is not None else _digests(block)
-    return digests
-
-
-def _start(hasher: Executor, block: memoryview) -> Future[list[str]] | None:
-    try:
-        return hasher.submit(_digests, block)
-    except RuntimeError:  # the interpreter is at its end, and waits for the thread that writes
-        return None
-
-
-def _digests(block: memoryview) -> list[str]:
-    return [checksum(block[start : start + CHUNK_BYTES]) for start in range(0, len(block), CHUNK_BYTES)]
-
-
-def _blocks(data: Tensor) -> Iterator[memoryview]:
-    """The tensor's bytes; those on a device pass through pinned memory, some at a time."""
+def _write_part(writer: BlockWriter, part: Part) -> list[Future[list[str]]]:
+    data = part.make() if part.make else part.data
     if data.device.type == "cpu":
-        data = data.contiguous()
-        yield bytes_of(data)
-        return
+        tasks = writer.put(bytes_of(data))
+        if part.make:  # the memory is another's when this returns
+            wait(tasks)
+        return tasks
     per_block = STAGED_BYTES // data.element_size()
     staging = torch.empty(min(per_block, data.numel()), dtype=data.dtype, pin_memory=True)
+    tasks = []
     for start in range(0, data.numel(), per_block):
         block = data[start : start + per_block]
         staging[: block.numel()].copy_(block)
-        yield bytes_of(staging[: block.numel()])
+        tasks += writer.put(bytes_of(staging[: block.numel()]))
+        wait(tasks)
+    return tasks

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import mmap
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -20,8 +19,8 @@ import torch
 import xxhash
 
 from zerolith.errors import OffloadError
+from zerolith.memory.pages import ALIGNMENT, address_of, page_buffer
 
-ALIGNMENT = 4096  # bytes: of offsets, lengths and addresses with O_DIRECT
 BLOCK_BYTES = 4 * 2**20  # of one request
 MAX_THREADS = 8
 
@@ -127,8 +126,8 @@ class SwapFile:
     def _bounce(self) -> tuple[memoryview, int]:
         """This thread's aligned block, and its address."""
         if not hasattr(self._local, "block"):
-            block = mmap.mmap(-1, BLOCK_BYTES)
-            self._local.block = memoryview(block), ctypes.addressof(ctypes.c_char.from_buffer(block))
+            block = page_buffer(BLOCK_BYTES)
+            self._local.block = block, address_of(block)
         found: tuple[memoryview, int] = self._local.block
         return found
 
