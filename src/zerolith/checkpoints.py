@@ -29,7 +29,6 @@ from zerolith.checkpoint import (
     collect,
     decode_client_state,
     find,
-    libraries,
     restore,
     save_weights,
     tag_folder,
@@ -84,7 +83,8 @@ class Checkpoints(Batches):
             logger.warning("checkpoint %s is dropped: the one before it is still being written", tag)
             return False
         self._sharded.adopt_edits()
-        content, parameters, state = collect(self._run(), client_state or {}, exclude_frozen=exclude_frozen_parameters)
+        given = client_state or {}
+        content, parameters, state, libraries = collect(self._run(), given, exclude_frozen=exclude_frozen_parameters)
         job = Job(
             folder=folder,
             tag=tag,
@@ -92,7 +92,7 @@ class Checkpoints(Batches):
             content=content,
             parameters=parameters,
             state=state,
-            libraries=libraries(),
+            libraries=libraries,
             is_latest=save_latest,
             kept=Kept(settings.keep_last, settings.keep_every),
             read_back=settings.verify_after_save,

@@ -1,4 +1,4 @@
-"""Files in blocks through two aligned buffers: while the disk has one, the other is being filled or used.
+"""Files in blocks through a few aligned buffers: while the disk has one, another is being filled or used.
 
 Transfers go past the page cache where the file system allows it: they are faster by the copy that they save, and what
 a checkpoint holds does not push out of memory what others need there.
@@ -9,11 +9,12 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import cycle
+from itertools import cycle, islice
 from typing import NamedTuple, TypeVar
 
 from zerolith.checkpoint.disk import Disk
@@ -21,6 +22,7 @@ from zerolith.checkpoint.manifest import CHUNK_BYTES, checksum
 from zerolith.memory.pages import ALIGNMENT, address_of, page_buffer, set_direct
 
 BLOCK_BYTES = 8 * 2**20  # of a transfer; larger ones gained nothing
+READS_AHEAD = 2  # at once, so that the disk always has the next request
 TASK_BYTES = 4 * CHUNK_BYTES  # hashed and copied by one task
 ALONE_BYTES = 64 * 2**10  # less than this is not worth a task
 
@@ -121,12 +123,12 @@ class Span(NamedTuple):
 
 
 class BlockReader:
-    """Reads spans of at most `longest` bytes ahead of their use, in a thread of `helper` if there is one."""
+    """Reads spans of at most `longest` bytes ahead of their use, in threads of `helpers` if there are any."""
 
-    def __init__(self, longest: int, helper: Executor | None) -> None:
+    def __init__(self, longest: int, helpers: Executor | None) -> None:
         self._nbytes = max(BLOCK_BYTES, longest) + 2 * ALIGNMENT
-        self._helper = helper
-        self._buffers = [page_buffer(self._nbytes), page_buffer(self._nbytes)]
+        self._helpers = helpers
+        self._buffers = [page_buffer(self._nbytes) for _ in range(READS_AHEAD + 1)]
 
     def read(self, spans: Sequence[Span]) -> Generator[memoryview, None, None]:
         """What each span holds, in order; shorter where the file ends. The memory is used again for later spans.
@@ -134,24 +136,23 @@ class BlockReader:
         Raises OSError when it comes to the first span of a block that cannot be read.
         """
         blocks, buffers = _grouped(spans, self._nbytes), cycle(self._buffers)
+        ahead: deque[tuple[list[Span], Future[memoryview]]] = deque()
 
-        def start() -> tuple[list[Span], Future[memoryview]] | None:
-            block = next(blocks, None)
-            if block is None:
-                return None
-            return block, start_task(self._helper, partial(_read_block, block, next(buffers)))
+        def read_ahead() -> None:
+            for block in islice(blocks, READS_AHEAD - len(ahead)):
+                ahead.append((block, start_task(self._helpers, partial(_read_block, block, next(buffers)))))
 
-        ahead = start()
         try:
-            while ahead is not None:
-                block, data = ahead[0], ahead[1].result()
-                ahead = start()
+            read_ahead()
+            while ahead:
+                block, task = ahead.popleft()
+                data = task.result()
+                read_ahead()
                 for span in block:
                     first = span.offset - _start_of(block)
                     yield data[first : first + span.nbytes]
         finally:
-            if ahead is not None:
-                ahead[1].exception()  # nobody may write to the buffers any more
+            wait([task for _, task in ahead])  # nobody may write to the buffers any more
 
 
 def _grouped(spans: Sequence[Span], nbytes: int) -> Iterator[list[Span]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from zerolith.checkpoint.blocks import BlockReader, Span
+from zerolith.checkpoint.blocks import READS_AHEAD, BlockReader, Span
 from zerolith.checkpoint.content import Part
 from zerolith.checkpoint.disk import READ, read_into
 from zerolith.checkpoint.manifest import DTYPES, Manifest, Piece, TensorRecord, checksum, read_manifest
@@ -53,7 +53,7 @@ class Reader:
         self.manifest: Manifest = read_manifest(folder)
         self.progress = progress
         self._files: list[int] = []
-        self._helper = ThreadPoolExecutor(1, "zerolith reader")  # which starts its thread when it is first asked
+        self._helpers = ThreadPoolExecutor(READS_AHEAD, "zerolith reader")  # which start when they are first asked
         while True:
             try:
                 self._open_all()
@@ -62,7 +62,7 @@ class Reader:
                 before, self.manifest = self.manifest, read_manifest(folder)
                 if before.id == self.manifest.id:  # else the tag was saved again in between
                     raise
-        self._blocks = BlockReader(self.manifest.chunk_bytes, self._helper)
+        self._blocks = BlockReader(self.manifest.chunk_bytes, self._helpers)
 
     def _open_all(self) -> None:
         try:
@@ -83,7 +83,7 @@ class Reader:
         self.close()
 
     def close(self) -> None:
-        self._helper.shutdown()
+        self._helpers.shutdown()
         self._close_all()
 
     def tensor(self, name: str) -> Tensor:

@@ -29,6 +29,7 @@ from zerolith.checkpoint.training_state import (
     weight_parts,
 )
 from zerolith.checkpoint.values import from_json, to_json
+from zerolith.checkpoint.versions import libraries
 from zerolith.comm import Comm, agree
 from zerolith.errors import CheckpointDamagedError, CheckpointError
 from zerolith.precision import LossScaler
@@ -65,6 +66,7 @@ class Collected(NamedTuple):
     content: Content
     parameters: dict[str, ParameterRecord]
     state: dict[str, Any]  # JSON
+    libraries: dict[str, str]
 
 
 def collect(run: Run, client_state: Mapping[str, Any], *, exclude_frozen: bool) -> Collected:
@@ -78,7 +80,9 @@ def collect(run: Run, client_state: Mapping[str, Any], *, exclude_frozen: bool) 
     tensors: dict[str, Tensor] = {}  # rank 0's
     error: Exception | None = None
     state: dict[str, Any] = {}
+    versions: dict[str, str] = {}
     try:
+        versions = libraries()
         extra = {path: each.get_extra_state() for path, each in _with_extra_state(run.module).items()}
         state = {
             "counters": dict(run.counters),
@@ -98,7 +102,7 @@ def collect(run: Run, client_state: Mapping[str, Any], *, exclude_frozen: bool) 
     agree(comm, error, doing="collecting a checkpoint", kind=CheckpointError)
     if comm.rank == 0:
         content.add_tensors(tensors)
-    return Collected(content, run.sharded.parameters(), state)
+    return Collected(content, run.sharded.parameters(), state, versions)
 
 
 def check(run: Run, manifest: Manifest, wants: Wants) -> set[str]:

@@ -166,7 +166,8 @@ def state_parts(
         for values, member in zip(scalars, members, strict=True)
     ]
     numbers = {text: number for number, text in enumerate(dict.fromkeys(described))}
-    optimizer.restart(own, [numbers[text] for text in described])
+    before = optimizer.restart(own, [numbers[text] for text in described])
+    memory = {id(piece.param): before.get(piece.range, {}) for piece in optimizer.pieces[own]}
     parts: list[Part] = []
     for index, member in enumerate(members):
         saved = scalars[index]
@@ -177,7 +178,7 @@ def state_parts(
             if not state:
                 state.update(_scalars(saved, param, optimizer.group_of(param)))
             for key in keys.get(member.name, ()):
-                parts.append(_state_part(state, key, manifest, member, param, inside, part))
+                parts.append(_state_part(state, memory[id(param)], key, manifest, member, param, inside, part))
     return parts
 
 
@@ -339,6 +340,7 @@ def _no_tensor(name: str) -> Tensor:
 
 def _state_part(
     state: dict[str, Any],
+    memory: Mapping[str, Any],
     key: str,
     manifest: Manifest,
     member: Member,
@@ -355,7 +357,11 @@ def _state_part(
         state[key] = torch.zeros(record.shape, dtype=dtype, device=param.device)
         return Part.whole(name, state[key])
     if key not in state:
-        state[key] = torch.zeros(param.shape, dtype=dtype, device=param.device)
+        old = memory.get(key)  # to touch new memory takes longer than to read what goes there
+        if isinstance(old, Tensor) and (old.shape, old.dtype, old.device) == (param.shape, dtype, param.device):
+            state[key] = old
+        else:
+            state[key] = torch.zeros(param.shape, dtype=dtype, device=param.device)
     return _part(name, member, part, state[key].view(-1)[inside.start : inside.stop])
 
 

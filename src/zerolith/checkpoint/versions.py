@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 
 import torch
 
 
+@functools.cache
 def libraries() -> dict[str, str]:
     """Versions by name."""
     try:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from zerolith.checkpoint.disk import Disk, bytes_of
+from zerolith.checkpoint.folder import make_folder
 from zerolith.checkpoint.shard_file import safetensors_header
 from zerolith.checkpoint.training_state import Sharded, persistent_buffers
 from zerolith.comm import agree
@@ -25,7 +26,7 @@ def save_weights(sharded: Sharded, disk: Disk, path: Path, *, exclude_frozen: bo
     comm, error = sharded.model.comm, None
     try:
         if comm.rank == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(disk, path.parent)
     except OSError as caught:
         error = _failure(caught, path)
     agree(comm, error, doing="saving weights", kind=CheckpointError)

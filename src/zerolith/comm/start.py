@@ -10,12 +10,14 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from zerolith.comm.communicator import Comm
 from zerolith.errors import ConfigError, PeerLostError
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 TIMEOUT = timedelta(minutes=10)
+JOINING = timedelta(minutes=5)  # for ranks that are there to make a second group
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"  # gloo chooses its interface from this variable when the group is made
 
 
@@ -87,7 +89,9 @@ def side_comm(comm: Comm, *, timeout: timedelta) -> Comm:
     comm.max([0.0], name="second group")  # a rank that is gone is noticed here at once, and there after the timeout
     try:
         with _on_loopback(is_local=_env_int("LOCAL_WORLD_SIZE", 0) == comm.size):
-            return Comm(dist.new_group(ranks, backend="gloo", timeout=timeout), cpu)
+            group = dist.new_group(ranks, backend="gloo", timeout=JOINING)
+        distributed_c10d._set_pg_timeout(timeout, group)  # else a rank that fails as it joins is waited for so long
+        return Comm(group, cpu)
     except RuntimeError as error:  # DistNetworkError, DistStoreError and others
         raise PeerLostError(
             f"no second group of {comm.size} ranks could be made: another rank died or did not answer; look for "

@@ -164,10 +164,12 @@ class PartitionedOptimizer:
             if part.numel:
                 yield piece.param, part.shift(-piece.range.start), part.shift(-slot.start)
 
-    def restart(self, own: Gradients, kinds: Sequence[int]) -> None:
-        """Cut a section anew, without states: neighbouring parameters are stepped as one if they are of one kind."""
-        for piece in self.pieces[own]:
-            self.inner.state.pop(piece.param, None)
+    def restart(self, own: Gradients, kinds: Sequence[int]) -> dict[Range, State]:
+        """Cut a section anew, without states: neighbouring parameters are stepped as one if they are of one kind.
+
+        Returns the states that it had, by the range of their piece: whoever wants to may use their memory again.
+        """
+        before = {piece.range: self.inner.state.pop(piece.param, {}) for piece in self.pieces[own]}
         slots = own.section.layout.slots
         self.pieces[own] = [
             self._part(piece, run, {}) if run != piece.range else piece
@@ -175,6 +177,7 @@ class PartitionedOptimizer:
             for _, run in merge_runs((kinds[index], slots[index].padded.clip(piece.range)) for index in piece.slots())
         ]
         self._hand_over([own] if self.residency.is_swapped else self.gradients)
+        return before
 
     def let_go(self) -> None:
         """Give the optimizer back as it came: over the client's tensors, without state."""
