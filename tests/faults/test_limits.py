@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+import zerolith.checkpoint.blocks
 import zerolith.comm.start
 from faults.jobs import run_job
 from faults.states import BATCHES, config, engine_digest, left_overs, make_engine, run_on, train
@@ -24,6 +25,11 @@ from zerolith.errors import CheckpointError
 
 WORLD, STAGE = 2, 3
 SOON_S = 15.0
+
+
+@pytest.fixture(autouse=True)
+def _blocks_of_a_large_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zerolith.checkpoint.blocks, "BLOCK_BYTES", 1 << 22)
 
 
 @contextmanager
@@ -101,7 +107,7 @@ def test_too_few_descriptors_fail_a_save_and_a_load_on_all_ranks(rank: int, quic
 
 def test_too_few_descriptors_at_the_first_save_of_all_end_in_bounded_time(quick_path: Path) -> None:
     def body() -> None:
-        zerolith.comm.start.JOINING = timedelta(seconds=3)
+        zerolith.comm.start.JOINING = timedelta(seconds=2)
         engine = make_engine(STAGE)
         run_on(engine, to=1)
         with descriptors(0 if engine.global_rank == 1 else 100):

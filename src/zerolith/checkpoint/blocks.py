@@ -11,10 +11,11 @@ import errno
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Executor, Future, wait
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle, islice
+from threading import Barrier
 from typing import NamedTuple, TypeVar
 
 from zerolith.checkpoint.disk import Disk
@@ -89,6 +90,14 @@ class BlockWriter:
             self._disk.write(self._file, block.memory[: block.filled])
         block.filled = 0
         block.copies.clear()
+
+
+def helpers(threads: int, name: str) -> ThreadPoolExecutor:
+    """So many threads that run already: where memory is scarce, CPython may wait for ever for one to start."""
+    pool, all_here = ThreadPoolExecutor(threads, name), Barrier(threads)
+    for _ in range(threads):
+        pool.submit(all_here.wait)
+    return pool
 
 
 def start_task(helpers: Executor | None, call: Callable[[], T]) -> Future[T]:

@@ -6,14 +6,13 @@ import math
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from zerolith.checkpoint.blocks import READS_AHEAD, BlockReader, Span
+from zerolith.checkpoint.blocks import READS_AHEAD, BlockReader, Span, helpers
 from zerolith.checkpoint.content import Part
 from zerolith.checkpoint.disk import READ, read_into
 from zerolith.checkpoint.manifest import DTYPES, Manifest, Piece, TensorRecord, checksum, read_manifest
@@ -53,7 +52,6 @@ class Reader:
         self.manifest: Manifest = read_manifest(folder)
         self.progress = progress
         self._files: list[int] = []
-        self._helpers = ThreadPoolExecutor(READS_AHEAD, "zerolith reader")  # which start when they are first asked
         while True:
             try:
                 self._open_all()
@@ -62,6 +60,7 @@ class Reader:
                 before, self.manifest = self.manifest, read_manifest(folder)
                 if before.id == self.manifest.id:  # else the tag was saved again in between
                     raise
+        self._helpers = helpers(READS_AHEAD, "zerolith reader")
         self._blocks = BlockReader(self.manifest.chunk_bytes, self._helpers)
 
     def _open_all(self) -> None:

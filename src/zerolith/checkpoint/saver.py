@@ -7,7 +7,6 @@ import logging
 import secrets
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zerolith.checkpoint.blocks import helpers
 from zerolith.checkpoint.content import Content, Part
 from zerolith.checkpoint.disk import Disk, write_file
 from zerolith.checkpoint.folder import (
@@ -74,7 +74,7 @@ class Saver:
     def __init__(self, comm: Comm, disk: Disk, *, threads: int = 1) -> None:
         self.comm = comm
         self.disk = disk
-        self._hashers = ThreadPoolExecutor(threads, "zerolith checksum") if threads else None
+        self._hashers = helpers(threads, "zerolith checksum") if threads else None
         self._locks: dict[Path, Lock] = {}
         self._memory: dict[tuple[str, int], Tensor] = {}  # of snapshots, by name and start
         self._thread: threading.Thread | None = None
