@@ -36,7 +36,10 @@ from zerolith.checkpoint import (
 )
 from zerolith.comm import side_comm
 from zerolith.errors import CheckpointDamagedError, CheckpointError, UsageError
+from zerolith.memory.away import Away
 from zerolith.optim import PartitionedOptimizer
+
+WEIGHTS = "lp_params"  # the weights that compute, as offload_states knows them
 
 logger = logging.getLogger("zerolith")
 
@@ -56,6 +59,8 @@ class Checkpoints(Batches):
     _preemption: Preemption | None = None
     _mixture = ""  # how it came that weights and states do not belong together
     _saved_step = -1
+    _away: Away | None = None  # what offload_states has moved, until reload_states
+    _gone: frozenset[str] = frozenset()  # the kinds of it
     _terms: Callable[[], float]
     _finalizer: weakref.finalize[..., Any]
     _in_backward: bool
@@ -76,6 +81,7 @@ class Checkpoints(Batches):
         checkpoint.when_busy is "drop". Raises CheckpointError on every rank; earlier checkpoints stay as they are.
         """
         self._check_ready()
+        self._check_here()
         settings, folder = self._settings.checkpoint, self._folder(save_dir)
         tag = check_tag(str(tag) if tag is not None else f"global_step{self.global_steps}")
         saver = self._open_saver()
@@ -124,6 +130,7 @@ class Checkpoints(Batches):
         it is damaged, the engine refuses to train until another load succeeds.
         """
         self._check_alive()
+        self._check_here()
         if self._saver is not None:
             self._saver.flush()
         folder = self._folder(load_dir)
@@ -156,6 +163,7 @@ class Checkpoints(Batches):
         rank.
         """
         self._check_ready()
+        self._check_here(WEIGHTS)
         path = Path(save_dir) / save_filename
         save_weights(Sharded(self._sharded, None), self._disk, path, exclude_frozen=exclude_frozen_parameters)
         return True
@@ -167,6 +175,7 @@ class Checkpoints(Batches):
     def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor] | None:
         """The model's state dict on rank 0's CPU, None on other ranks. Collective. Accelerate asks for it by name."""
         self._check_ready()
+        self._check_here(WEIGHTS)
         return whole_state_dict(Sharded(self._sharded, None), exclude_frozen=exclude_frozen_parameters)
 
     _consolidated_16bit_state_dict = _zero3_consolidated_16bit_state_dict
@@ -295,6 +304,11 @@ class Checkpoints(Batches):
             raise UsageError(
                 f"{self._mixture}, so weights and states are a mixture; load a checkpoint or make a new engine"
             )
+
+    def _check_here(self, *kinds: str) -> None:
+        """Raise UsageError if anything is away; if `kinds` are given, only if one of them is."""
+        if self._gone and (not kinds or self._gone & {*kinds}):
+            raise UsageError(f"{', '.join(sorted(self._gone))} are offloaded; call engine.reload_states() before")
 
     def _folder(self, given: str | Path | None) -> Path:
         configured = self._settings.checkpoint.folder

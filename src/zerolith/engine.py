@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zerolith.checkpoint import Sharded
-from zerolith.checkpoints import Checkpoints
+from zerolith.checkpoints import WEIGHTS
 from zerolith.comm import CommsLog
 from zerolith.config import Config
 from zerolith.errors import OffloadError, UsageError
 from zerolith.forward import Forward
 from zerolith.integrity import Integrity
+from zerolith.lending import Lending
 from zerolith.memory import SwapFile
 from zerolith.observe import Phases, StepNumbers, Summary, Watch, summarize
 from zerolith.optim import PartitionedOptimizer, ZeroOptimizer, examine
@@ -34,7 +35,7 @@ logger = logging.getLogger("zerolith")
 CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
-class Engine(Checkpoints):
+class Engine(Lending):
     """Trains `module` with its states sharded over the data-parallel ranks.
 
     Every rank makes the same calls in the same order; forward, backward and step communicate. Unknown attributes
@@ -95,6 +96,7 @@ class Engine(Checkpoints):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module returns for these arguments."""
         self._check_ready()
+        self._check_here(WEIGHTS)
         if torch.is_grad_enabled():
             self._micro.forward_begun()
             self._sharded.check_frozen()
@@ -179,6 +181,7 @@ class Engine(Checkpoints):
         dynamic loss scale is exhausted.
         """
         self._check_ready()
+        self._check_here()
         if self._partitioned is None:
             raise UsageError("step() needs an optimizer; pass one to initialize or name one in the config")
         since_step = self._micro.since_step
@@ -226,10 +229,8 @@ class Engine(Checkpoints):
         if not skip:
             clip = settings.gradient_clipping
             coefficient = min(1.0, clip / (norm + CLIP_EPS)) if clip and not facts.overflow else 1.0
-            for own in sharded.gradients:
-                own.scale(coefficient / terms)
             try:
-                optimizer.step(facts.used, sharded.publish)
+                optimizer.step(facts.used, sharded.publish, grad_factor=coefficient / terms)
             except OffloadError:
                 self._mixture = "the last step failed half-way"
                 raise
@@ -291,6 +292,7 @@ class Engine(Checkpoints):
         if self._settings.comms_logger.enabled and self.global_rank == 0:
             logger.info("%s", self.comms_summary())
         self._close_saver()
+        self._bring_back()
         self._sharded.detach()
         for forward in reversed(self._compiled):
             forward.remove()
@@ -309,6 +311,7 @@ class Engine(Checkpoints):
     # Inside
 
     def _enter_backward(self) -> None:
+        self._check_here()
         self._in_backward = True
         self._micro.backward_begun()
         resting = self._sharded.plan.partitioning.rests_partial and not self._micro.is_last()

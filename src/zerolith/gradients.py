@@ -104,6 +104,11 @@ class Gradients:
             self._buffer.data.zero_()
         return self._buffer
 
+    def held(self) -> list[Tensor]:
+        """What is in memory of the gradients since the last step."""
+        terms = [term.buffer.data for term in (self.term, self._lender) if term is not None]
+        return [*terms, *([self._buffer.data] if self._buffer.is_allocated else [])]
+
     def to_restore(self) -> FlatBuffer:
         """This rank's shard of `sum`, zeros, to be filled with what an earlier run had reduced since its last step."""
         self.fresh = False

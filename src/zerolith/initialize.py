@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from zerolith import kernels
 from zerolith.checkpoint import Disk, Preemption, probe
 from zerolith.checkpointing import Options, checkpoint_blocks, configure
 from zerolith.comm import TIMEOUT, Comm, agree, default_comm, handshake, init_distributed
@@ -218,7 +219,14 @@ def _optimizer(model: nn.Module, optimizer: Any, model_parameters: Any, config: 
     trainable = [group for group in groups if isinstance(group, dict) or _tensor_of(group).requires_grad]
     if not trainable:
         raise ConfigError(f"optimizer.type: no parameter of the model is trainable, so {named.type!r} has none")
-    return build_optimizer(named.type, named.params, trainable, model)
+    return build_optimizer(named.type, named.params, trainable, model, in_one_pass=_in_one_pass(config, comm.device))
+
+
+def _in_one_pass(config: Config, device: torch.device) -> bool:
+    """Whether our kernels step what the config names: where they are fastest, and where two devices must agree."""
+    if device.type == "cpu":
+        return kernels.is_compiled()
+    return config.reproducible or config.zero_optimization.offload_optimizer.device != "none"
 
 
 def _tensor_of(named: Any) -> Any:  # a tensor, or a name and a tensor

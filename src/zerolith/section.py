@@ -14,12 +14,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from zerolith.buffer import FlatBuffer
 from zerolith.comm import Comm, Pending
+from zerolith.errors import UsageError
 from zerolith.layout import plan_layout
 from zerolith.parameter import ShardedParameter, Touch
 from zerolith.partitioning import REPLICATE, SHARD, Partitioning
@@ -88,6 +90,8 @@ class Section:
         self.plan = plan
         self.granularity = members[0].granularity
         self.keeps_memory = False  # of `whole` while it is released: where it stands at the step's peak anyway
+        self.is_away = False  # whether the weights have no memory
+        self.is_cast = False  # whether the masters' new values are in the weights already, in their dtype
         self.trained = members[0].trained
         self.layout = plan_layout(
             [member.param.shape for member in members],
@@ -132,6 +136,8 @@ class Section:
 
     def start_gather(self) -> Pending:
         """Begin to fill `whole` from the shards. Collective."""
+        if self.is_away:
+            _refuse_away()
         self.whole.allocate()
         return redistribute(self.weights, self.whole, comm=self.plan.comm, name=self.name)
 
@@ -166,8 +172,39 @@ class Section:
         """Begin to bring the optimizer's result to the weights. Collective where params rest whole."""
         with self.resident():  # what is sent is copied before the sending begins
             source = self.main if self.main is not None else self.weights.own()
+            if self.is_cast and self.cast_target is not None:
+                source, self.is_cast = self.cast_target, False
             moved = redistribute(source, self.weights, comm=self.plan.comm, name=self.name)
         return Then(moved, self.mark_written)
+
+    @property
+    def cast_target(self) -> FlatBuffer | None:
+        """Where a step may put its result in the dtype of the weights; None if masters are those, or elsewhere."""
+        if self.main is None or self.main.shares_memory_with(self.weights):
+            return None
+        if self.main.data.device != self.weights.data.device:
+            return None
+        return self.weights.own() if self.main.placement is SHARD else self.weights
+
+    def put_away(self, *, weights: bool) -> None:
+        """Masters, and `weights` too if told, are about to lose their memory: refuse to touch them."""
+        self._before_away, self.resident = self.resident, _refuse_away
+        self.is_away = weights
+        if weights and self.is_sharded:
+            self.whole.release()
+        elif weights:
+            for member, view in zip(self.members, self._views, strict=True):
+                member.param.data = absent(view)
+
+    def take_back(self) -> None:
+        """All have their memory and values again."""
+        self.resident = self._before_away
+        if self.is_away:
+            self.is_away = False
+            if not self.is_sharded:
+                for member, view in zip(self.members, self._views, strict=True):
+                    member.param.data = view
+            self.mark_written()
 
     def mark_written(self) -> None:
         """Tell autograd and `edited()` that the weights' content is ours and new."""
@@ -280,6 +317,10 @@ def absent(view: Tensor) -> Tensor:
     """
     value = float("nan") if view.is_floating_point() else 0
     return torch.full((), value, dtype=view.dtype, device=view.device).expand(view.shape)
+
+
+def _refuse_away() -> NoReturn:
+    raise UsageError("weights or masters are offloaded; call engine.reload_states() before")
 
 
 def _follow(master: Tensor, weights: Tensor) -> None:

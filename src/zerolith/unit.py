@@ -51,8 +51,8 @@ class Unit:
     def start_gather(self) -> None:
         """Begin to gather, unless that is done or under way. Collective."""
         if self.phase is Phase.REST:
-            self._move(Phase.GATHERING)
             self._pending = [section.start_gather() for section in self.sections]
+            self._move(Phase.GATHERING)
 
     def gather(self) -> None:
         """Make the parameters whole and put them into their modules. Collective unless they are whole already."""

@@ -27,7 +27,17 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("unit", "schedule", "gradients", "wrap", "hooks", "sharded_model"),  # 3: the ZeRO mechanism
     ("optim",),  # 4: optimizers
     ("zero", "checkpointing", "checkpoint", "integrity"),  # 5: what composes with units
-    ("data", "observe", "micro_steps", "status", "batches", "checkpoints", "engine", "initialize"),  # 6: the facade
+    (
+        "data",
+        "observe",
+        "micro_steps",
+        "status",
+        "batches",
+        "checkpoints",
+        "lending",
+        "engine",
+        "initialize",
+    ),  # 6: the facade
     ("cli",),  # 7: clients of the facade
 )
 ROOF = ""  # the package's own __init__: the public names, from any part

@@ -32,6 +32,7 @@ from zerolith.checkpoint.values import from_json, to_json
 from zerolith.checkpoint.versions import libraries
 from zerolith.comm import Comm, agree
 from zerolith.errors import CheckpointDamagedError, CheckpointError
+from zerolith.optim import original
 from zerolith.precision import LossScaler
 
 
@@ -184,7 +185,8 @@ def agree_on_checkpoint(comm: Comm, error: Exception | None, *, doing: str) -> N
 
 def class_name(optimizer: Optimizer) -> str:
     """Module and name of the optimizer's class."""
-    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+    kind = original(type(optimizer))
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _of(manifest: Manifest, name: str) -> Any:  # JSON

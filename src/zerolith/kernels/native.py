@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,14 +117,14 @@ class Library:
         pointers = (master.data_ptr(), weight.data_ptr(), remainder.data_ptr())
         self.handle.zl_join(self.tier, threads, *pointers, master.numel())
 
-    def copy(self, streams: Sequence[Tensor], *, threads: int, streaming: bool) -> None:
-        """For benchmarks: read and write (gradient, master, two states, weights out) as Adam does, and do nothing else.
+    def copy(self, arrays: Arrays, *, threads: int) -> None:
+        """For benchmarks: read and write what Adam does, and compute nothing. `out` has the gradient's dtype.
 
-        The gradient is copied to the weights, of the same dtype; the other three change places.
+        Master and states change places, so three calls leave them as they were; `out` becomes the gradient.
         """
-        grad, master, first, second, out = streams
-        pointers = Streams(*map(_address, (grad, master, None, first, second, out)))
-        self.handle.zl_copy(self.tier, threads, pointers, FORMAT[grad.dtype], streaming, grad.numel())
+        streams = Streams(*map(_address, (arrays.grad, arrays.master, None, *arrays.states, arrays.out)))
+        numel = arrays.master.numel()
+        self.handle.zl_copy(self.tier, threads, streams, FORMAT[arrays.grad.dtype], numel >= STREAM_FROM, numel)
 
 
 def load(path: Path = PATH, *, instruction_set: str | None = None) -> Library:

@@ -4,6 +4,7 @@ from zerolith.optim.build import build_optimizer as build_optimizer, build_sched
 from zerolith.optim.facade import ZeroOptimizer as ZeroOptimizer
 from zerolith.optim.granularity import granularities_of as granularities_of
 from zerolith.optim.norms import GradientFacts as GradientFacts, examine as examine
+from zerolith.optim.one_pass import original as original
 from zerolith.optim.partitioned import (
     PartitionedOptimizer as PartitionedOptimizer,
     is_per_element as is_per_element,

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from zerolith.errors import ConfigError
+from zerolith.optim import one_pass
 from zerolith.optim.lamb import Lamb
 from zerolith.optim.lion import Lion
 from zerolith.optim.lr import SCHEDULES
@@ -24,12 +25,14 @@ OURS: dict[str, type[Optimizer]] = {"Lamb": Lamb, "Lion": Lion, "Muon": Muon}
 ADAM_ONLY = ("torch_adam", "adam_w_mode", "bias_correction")  # DeepSpeed's own parameters of Adam and AdamW
 
 
-def build_optimizer(kind: str, params: Mapping[str, Any], groups: Iterable[Any], model: nn.Module) -> Optimizer:
+def build_optimizer(
+    kind: str, params: Mapping[str, Any], groups: Iterable[Any], model: nn.Module, *, in_one_pass: bool = False
+) -> Optimizer:
     """The optimizer named `kind` (any case) over `groups` (tensors or group dicts) of `model`.
 
     As in DeepSpeed, "Adam" decouples the weight decay (AdamW) unless `adam_w_mode` is false, and neither decays
-    unless told. The fused implementation is used where torch has one. Muon takes the hidden matrices and leaves the
-    rest to AdamW. Raises ConfigError with the nearest right name.
+    unless told. `in_one_pass`: our kernels step it, if they know it; else torch's fused code, if there is any. Muon
+    takes the hidden matrices and leaves the rest to AdamW. Raises ConfigError with the nearest right name.
     """
     known = _subclasses(Optimizer, torch.optim) | OURS
     name = {name.lower(): name for name in known}.get(kind.lower())
@@ -44,7 +47,11 @@ def build_optimizer(kind: str, params: Mapping[str, Any], groups: Iterable[Any],
         if params.get("adam_w_mode", True):
             name = "AdamW"
         options = {"weight_decay": 0.0} | {key: value for key, value in params.items() if key not in ADAM_ONLY}
-    if name in FUSED and not {"fused", "foreach", "differentiable"} & options.keys():
+    groups = list(groups)
+    chosen = {name for each in (options, *groups) if isinstance(each, dict) for name in each}
+    if in_one_pass and name in one_pass.CLASSES and not chosen & {*one_pass.NOT_KNOWN}:
+        known[name] = one_pass.CLASSES[name]
+    elif name in FUSED and not {"fused", "foreach", "differentiable"} & options.keys():
         options["fused"] = True
     return _construct(known[name], split(model, groups) if name == "Muon" else groups, options, "optimizer.params")
 

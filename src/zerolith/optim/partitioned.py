@@ -23,6 +23,7 @@ from zerolith.gradients import Gradients
 from zerolith.layout import Range, merge_runs
 from zerolith.memory import SwapFile
 from zerolith.optim.exchange import WholeTensors
+from zerolith.optim.one_pass import OnePass
 from zerolith.optim.residency import Residency
 from zerolith.section import Granularity, Section
 
@@ -70,14 +71,25 @@ class PartitionedOptimizer:
             with self.residency.resident(own):
                 pass  # from here on it is on disk
 
-    def step(self, used: Sequence[Sequence[bool]], publish: Callable[[Sequence[Section]], None]) -> None:
+    def step(
+        self,
+        used: Sequence[Sequence[bool]],
+        publish: Callable[[Sequence[Section]], None],
+        *,
+        grad_factor: float = 1.0,
+    ) -> None:
         """Step every piece whose parameters had a gradient; `publish` then brings sections' masters to the weights.
 
-        used: per section, per parameter. A parameter without a gradient on any rank keeps its value, its
-        momentum and its own step count. Collective. Raises OffloadError, on every rank, if a state cannot be brought
-        from disk or back to it; weights and states are a mixture of two steps then.
+        Gradients are multiplied by `grad_factor`. used: per section, per parameter. A parameter without a gradient on
+        any rank keeps its value, its momentum and its own step count. Collective. Raises OffloadError, on every rank,
+        if a state cannot be brought from disk or back to it; weights and states are a mixture of two steps then.
         """
         self._check_groups()
+        if isinstance(self.inner, OnePass):
+            self.inner.grad_factor = grad_factor
+        else:
+            for own in self.gradients:
+                own.scale(grad_factor)
         for own, flags in zip(self.gradients, used, strict=True):
             if self._mixes_use(own, flags):
                 with self.residency.resident(own):
@@ -113,6 +125,8 @@ class PartitionedOptimizer:
             self._set_grads(own, flags)
         self.is_stepping = True
         try:
+            if isinstance(self.inner, OnePass):
+                self.inner.outs = dict(chain.from_iterable(map(self._casts, gradients)))
             self.inner.step()
         finally:
             self.is_stepping = False
@@ -222,6 +236,14 @@ class PartitionedOptimizer:
             if any(flags[index] for index in slots):
                 grad = whole[slots[0]] if whole else own.sum.at(piece.range)
                 piece.param.grad = grad.view_as(piece.param).to(piece.param.device, piece.param.dtype)
+
+    def _casts(self, own: Gradients) -> Iterator[tuple[Tensor, Tensor]]:
+        """The stepped tensors of a section, and where their new values go in the dtype of the weights."""
+        target = own.section.cast_target
+        if target is not None:
+            own.section.is_cast = True
+            for piece in self.pieces[own]:
+                yield piece.param, target.at(piece.range)
 
     def _mixes_use(self, own: Gradients, flags: Sequence[bool]) -> bool:
         return any(len({flags[index] for index in piece.slots()}) > 1 for piece in self.pieces[own])

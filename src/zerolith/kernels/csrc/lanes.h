@@ -72,20 +72,20 @@ inline void end_streams() {
 }
 
 // 16-bit integers as 32-bit ones, with zeros or the sign above. Compilers' own code for AVX2 is three times as long.
-template <int N>
-inline Vector<uint32_t, N> widen(Vector<uint16_t, N> x) {
+inline Words widen(Vector<uint16_t, W> x) {
 #if defined(ZL_AVX2)
-    if constexpr (N == 8) return (Vector<uint32_t, N>)_mm256_cvtepu16_epi32((__m128i)x);
+    return (Words)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+    return __builtin_convertvector(x, Words);
 #endif
-    return __builtin_convertvector(x, Vector<uint32_t, N>);
 }
 
-template <int N>
-inline Vector<uint32_t, N> widen(Vector<int16_t, N> x) {
+inline Words widen(Vector<int16_t, W> x) {
 #if defined(ZL_AVX2)
-    if constexpr (N == 8) return (Vector<uint32_t, N>)_mm256_cvtepi16_epi32((__m128i)x);
+    return (Words)_mm256_cvtepi16_epi32((__m128i)x);
+#else
+    return (Words)__builtin_convertvector(x, Vector<int32_t, W>);
 #endif
-    return (Vector<uint32_t, N>)__builtin_convertvector(x, Vector<int32_t, N>);
 }
 
 // The other way; each number fits in 16 bits without a sign.
@@ -123,17 +123,14 @@ inline Floats sign(Floats x) {
 
 // --- fp16 where no instruction converts it; both are exact but for the rounding to nearest even ---------------------
 
-template <int N>
-inline Vector<float, N> widen_fp16(Vector<uint32_t, N> half) {
-    using U = Vector<uint32_t, N>;
-    using F = Vector<float, N>;
+inline Floats widen_fp16(Words half) {
     constexpr uint32_t exponent = 0x7c00u << 13, rebias = (127u - 15u) << 23;
-    const U magnitude = (half & 0x7fffu) << 13, range = magnitude & exponent;
-    const U normal = magnitude + rebias;
-    const U special = normal + ((128u - 16u) << 23);  // inf and NaN
-    const F subnormal = (F)(normal + (1u << 23)) - (F)(U{} + (113u << 23));
-    const U finite = range == 0u ? (U)subnormal : normal;
-    return (F)((range == exponent ? special : finite) | (half & 0x8000u) << 16);
+    const Words magnitude = (half & 0x7fffu) << 13, range = magnitude & exponent;
+    const Words normal = magnitude + rebias;
+    const Words special = normal + ((128u - 16u) << 23);  // inf and NaN
+    const Floats subnormal = (Floats)(normal + (1u << 23)) - (Floats)(Words{} + (113u << 23));
+    const Words finite = range == 0u ? (Words)subnormal : normal;
+    return (Floats)((range == exponent ? special : finite) | (half & 0x8000u) << 16);
 }
 
 inline Words narrow_fp16(Floats x) {
@@ -152,10 +149,7 @@ inline Words narrow_fp16(Floats x) {
 
 struct Fp32 {
     static constexpr int bytes = 4;
-    template <int N = W>
-    static Vector<float, N> widen(const void* from) {
-        return load<Vector<float, N>>(from);
-    }
+    static Floats widen(const void* from) { return load<Floats>(from); }
     template <bool streaming>
     static void put(char* to, Floats a, Floats b) {
         ::put<streaming>(to, a);
@@ -165,10 +159,7 @@ struct Fp32 {
 
 struct Bf16 {
     static constexpr int bytes = 2;
-    template <int N = W>
-    static Vector<float, N> widen(const void* from) {
-        return (Vector<float, N>)(::widen<N>(load<Vector<uint16_t, N>>(from)) << 16);
-    }
+    static Floats widen(const void* from) { return (Floats)(::widen(load<Vector<uint16_t, W>>(from)) << 16); }
     static Words round(Floats x) {  // to nearest even, in the lower half of each word; NaN becomes 0x7fc0
         const Words bits = (Words)x, rounded = bits + ((bits >> 16) & 1u) + 0x7fffu;
         return (x != x ? Words{} + 0x7fc00000u : rounded) >> 16;
@@ -181,18 +172,16 @@ struct Bf16 {
 
 struct Fp16 {
     static constexpr int bytes = 2;
-    template <int N = W>
-    static Vector<float, N> widen(const void* from) {
+    static Floats widen(const void* from) {
 #if defined(ZL_AVX512)
-        if constexpr (N == 16) return (Vector<float, N>)_mm512_cvtph_ps(load<__m256i>(from));
-#endif
-#if defined(ZL_AVX512) || defined(ZL_AVX2)
-        if constexpr (N == 8) return (Vector<float, N>)_mm256_cvtph_ps(load<__m128i>(from));
-        if constexpr (N == 4) return (Vector<float, N>)_mm_cvtph_ps(_mm_loadl_epi64(static_cast<const __m128i*>(from)));
+        return (Floats)_mm512_cvtph_ps(load<__m256i>(from));
+#elif defined(ZL_AVX2)
+        return (Floats)_mm256_cvtph_ps(load<__m128i>(from));
 #elif defined(ZL_NEON)
-        if constexpr (N == 4) return (Vector<float, N>)vcvt_f32_f16((float16x4_t)load<Vector<uint16_t, 4>>(from));
+        return (Floats)vcvt_f32_f16((float16x4_t)load<Vector<uint16_t, W>>(from));
+#else
+        return widen_fp16(::widen(load<Vector<uint16_t, W>>(from)));
 #endif
-        return widen_fp16<N>(::widen<N>(load<Vector<uint16_t, N>>(from)));
     }
     template <bool streaming>
     static void put(char* to, Floats a, Floats b) {  // to nearest even
@@ -213,6 +202,34 @@ struct Fp16 {
 #endif
 };
 
+// --- fp64 -----------------------------------------------------------------------------------------------------------
+
+using Doubles = Vector<double, W / 2>;
+
+// W numbers as fp64, in two halves.
+struct WidePair {
+    Doubles low, high;
+};
+
+template <class Format>
+inline WidePair widen_to_fp64(const char* from) {
+    const Floats x = Format::widen(from);
+#if defined(ZL_AVX512)
+    const __m512d pairs = (__m512d)x;
+    return {(Doubles)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x)),
+            (Doubles)_mm512_cvtps_pd((__m256)_mm512_extractf64x4_pd(pairs, 1))};
+#elif defined(ZL_AVX2)
+    return {(Doubles)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x)),
+            (Doubles)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1))};
+#elif defined(ZL_NEON)
+    return {(Doubles)vcvt_f64_f32(vget_low_f32((float32x4_t)x)), (Doubles)vcvt_high_f64_f32((float32x4_t)x)};
+#else
+    Vector<float, W / 2> halves[2];
+    __builtin_memcpy(halves, &x, sizeof x);
+    return {__builtin_convertvector(halves[0], Doubles), __builtin_convertvector(halves[1], Doubles)};
+#endif
+}
+
 // --- an fp32 number as bf16 and 16 more bits ------------------------------------------------------------------------
 
 // The remainder is the lower half as it is; the weight is the upper half, one more if the lower half is half a unit or
@@ -227,7 +244,7 @@ inline SplitPair split(Floats a, Floats b) {
 }
 
 inline Floats join(Vector<uint16_t, W> weight, Vector<int16_t, W> remainder) {
-    return (Floats)((widen<W>(weight) << 16) + widen<W>(remainder));
+    return (Floats)((widen(weight) << 16) + widen(remainder));
 }
 
 }  // namespace

@@ -5,6 +5,10 @@
 #include "threads.h"
 #include "tier.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
@@ -15,8 +19,14 @@ constexpr int ITEM_BYTES[] = {4, 2, 2, 0, 2};
 enum TierCode : int32_t { GENERIC, NEON, AVX2, AVX512 };
 
 #if defined(__x86_64__)
-bool supports_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
-bool supports_avx512() {
+bool supports_f16c() {  // which not every compiler's __builtin_cpu_supports knows
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
+}
+
+[[maybe_unused]] bool supports_avx2() { return __builtin_cpu_supports("avx2") && supports_f16c(); }
+
+[[maybe_unused]] bool supports_avx512() {
     return supports_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
 }
 #endif

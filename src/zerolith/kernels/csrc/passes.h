@@ -67,7 +67,7 @@ inline Floats update_lanes(const Constants& k, const Streams& s, Index at) {
 }
 
 template <class Rule, class Grad, class Master, class Out, bool streaming>
-inline void update_rows(const Scalars& scalars, const Streams& streams, Index begin, Index end) {
+__attribute__((flatten)) void update_rows(const Scalars& scalars, const Streams& streams, Index begin, Index end) {
     const Constants k(scalars);
     const Streams s = streams;
     for (Index row = begin; row < end; row += ROW) {
@@ -141,21 +141,21 @@ void update(const Scalars& k, const Streams& s, Index numel, bool streaming) {
 
 // --- sums -----------------------------------------------------------------------------------------------------------
 
-constexpr int LANES = 16;     // of a block: lane j adds the squares of elements j, j + 16, ...
-constexpr int HALF = W / 2;   // doubles at a time
-using Doubles = Vector<double, HALF>;
+constexpr int LANES = 16;  // of a block: lane j adds the squares of elements j, j + 16, ...
 
 // Squares of fp32 numbers are exact in fp64 and never overflow; each addition rounds once, in an order that is fixed:
 // lanes from the head of the block, then lane j and lane j + 8, j + 4, j + 2, j + 1.
 template <class Format>
 inline double block_square_sum(const char* values) {
-    Doubles lanes[LANES / HALF] = {};
-    for (Index row = 0; row < BLOCK; row += LANES) {
+    WidePair lanes[LANES / W] = {};
+    for (Index row = 0; row < BLOCK; row += ROW) {
+        fetch<Format::bytes>(values, row);
 #pragma GCC unroll 8
-        for (int part = 0; part < LANES / HALF; ++part) {
-            const Doubles x = __builtin_convertvector(
-                Format::template widen<HALF>(values + (row + part * HALF) * Format::bytes), Doubles);
-            lanes[part] += x * x;
+        for (int part = 0; part < ROW / W; ++part) {
+            const WidePair x = widen_to_fp64<Format>(values + (row + part * W) * Format::bytes);
+            WidePair& lane = lanes[part % (LANES / W)];
+            lane.low += x.low * x.low;
+            lane.high += x.high * x.high;
         }
     }
     double terms[LANES];
@@ -167,9 +167,13 @@ inline double block_square_sum(const char* values) {
 
 template <class Format>
 inline void add_block(float* sum, const char* values) {
+    for (Index row = 0; row < BLOCK; row += ROW) {
+        fetch<Format::bytes>(values, row);
+        fetch<4>(sum, row);
 #pragma GCC unroll 8
-    for (Index at = 0; at < BLOCK; at += W) {
-        store(sum + at, load<Floats>(sum + at) + Format::widen(values + at * Format::bytes));
+        for (Index at = row; at < row + ROW; at += W) {
+            store(sum + at, load<Floats>(sum + at) + Format::widen(values + at * Format::bytes));
+        }
     }
 }
 
@@ -237,9 +241,10 @@ void convert(float* master, uint16_t* weight, int16_t* remainder, Index numel) {
 
 // --- a yardstick ----------------------------------------------------------------------------------------------------
 
-// The reads and writes of Adam with weights out, in the format of the gradient, and no arithmetic: `out` becomes the
-// gradient, the other three arrays change places. Only whole rows.
-template <class Format, bool streaming>
+// The reads and writes of Adam and no arithmetic: master and states change places, in a circle of three, and `out`, if
+// there is one, becomes the gradient, whose format it has. Of a gradient that goes nowhere a word per cache line is
+// read. Only whole rows.
+template <class Format, bool has_out, bool streaming>
 void copy_rows(const Streams& streams, Index numel) {
     const Streams s = streams;
     using Raw = Vector<uint8_t, W * Format::bytes>;
@@ -249,6 +254,7 @@ void copy_rows(const Streams& streams, Index numel) {
         fetch<4>(s.master, row);
         fetch<4>(s.first, row);
         fetch<4>(s.second, row);
+        const char* grad = item<Format>(s.grad, row);
 #pragma GCC unroll 8
         for (int part = 0; part < ROW / W; ++part) {
             const Index at = row + part * W;
@@ -256,8 +262,14 @@ void copy_rows(const Streams& streams, Index numel) {
             store(master + at, load<Floats>(s.second + at));
             store(s.first + at, weight);
             store(s.second + at, first);
-            const Raw raw = load<Raw>(item<Format>(s.grad, at));
-            put<streaming>(item<Format>(s.out, at), raw);
+            if constexpr (has_out) {
+                put<streaming>(item<Format>(s.out, at), load<Raw>(grad + part * W * Format::bytes));
+            }
+        }
+        if constexpr (!has_out) {
+            for (Index line = 0; line < ROW * Format::bytes; line += 64) {
+                __asm__ volatile("" : : "r"(load<uint64_t>(grad + line)));
+            }
         }
     }
     if (streaming) end_streams();
@@ -265,8 +277,13 @@ void copy_rows(const Streams& streams, Index numel) {
 
 template <class Format>
 void copy(const Streams& s, Index numel, bool streaming) {
-    const bool is_aligned = reinterpret_cast<uintptr_t>(s.out) % 64 == 0;
-    streaming && is_aligned ? copy_rows<Format, true>(s, numel) : copy_rows<Format, false>(s, numel);
+    if (s.out == nullptr) {
+        copy_rows<Format, false, false>(s, numel);
+    } else if (streaming && reinterpret_cast<uintptr_t>(s.out) % 64 == 0) {
+        copy_rows<Format, true, true>(s, numel);
+    } else {
+        copy_rows<Format, true, false>(s, numel);
+    }
 }
 
 }  // namespace

@@ -1,0 +1,68 @@
+"""Bytes that leave their device for a while: tensors and views of them stay the same objects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+class Away:
+    """Owner of the host copies of storages that have no memory until `bring_back`.
+
+    Nobody may read a tensor in between: it would crash the process.
+    """
+
+    def __init__(self, *, pinned: bool) -> None:
+        self.pinned = pinned
+        self._copies: list[tuple[torch.UntypedStorage, Tensor]] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Of the copies."""
+        return sum(copy.nbytes for _, copy in self._copies)
+
+    @torch.no_grad()
+    def send(self, tensors: Iterable[Tensor]) -> None:
+        """Copy the storages of `tensors` to the host and let their memory go; one that has none is left out.
+
+        Raises RuntimeError if the host has no room for one; what was sent before is away then.
+        """
+        devices = set()
+        for storage in {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}.values():
+            if storage.nbytes():
+                copy = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=self.pinned)
+                copy.copy_(_bytes(storage), non_blocking=self.pinned)
+                devices.add(storage.device)
+                self._copies.append((storage, copy))
+        _wait(devices)
+        for storage, _ in self._copies:
+            storage.resize_(0)
+
+    @torch.no_grad()
+    def bring_back(self) -> None:
+        """Give every storage its memory and bytes again. Raises RuntimeError where there is no room; call it again."""
+        devices = set()
+        try:
+            while self._copies:
+                storage, copy = self._copies[-1]
+                storage.resize_(copy.nbytes)
+                _bytes(storage).copy_(copy, non_blocking=self.pinned)
+                devices.add(storage.device)
+                self._copies.pop()
+        finally:
+            _wait(devices)
+
+
+def _bytes(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _wait(devices: Iterable[torch.device]) -> None:
+    """Copies are done, and so host memory may go; freed device memory goes to whoever asks the driver."""
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
