@@ -14,19 +14,18 @@ import argparse
 import json
 import os
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import IO
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import git_state, hardware, shown_command
+from benchmarks.peer import Peer
 from zerolith import kernels
 from zerolith.kernels import native
 from zerolith.kernels.arrays import Arrays
@@ -107,39 +106,6 @@ def copy_contender(memory: Memory, case: str, threads: int) -> Turn:
     return timed(lambda: library.copy(arrays, threads=threads))
 
 
-class DeepSpeed:
-    """The peer's process, which holds arrays of its own."""
-
-    def __init__(self, python: str, numel: int, threads: int) -> None:
-        self.process = subprocess.Popen(
-            [python, str(Path(__file__).with_name("cpu_adam_peer.py")), str(numel), str(threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{Path(python).parent}:{os.environ['PATH']}"},
-        )
-        self._answer()
-
-    def turn(self, case: str) -> float:
-        self._pipe(self.process.stdin).write(json.dumps({"case": case, "times": TIMES}) + "\n")
-        self._pipe(self.process.stdin).flush()
-        return float(self._answer()["seconds"])
-
-    def close(self) -> None:
-        self._pipe(self.process.stdin).close()
-        self.process.wait(timeout=60)
-
-    def _answer(self) -> dict[str, float]:
-        for line in self._pipe(self.process.stdout):
-            if line.startswith("@"):
-                return json.loads(line[1:])
-        raise RuntimeError("DeepSpeed's process ended")
-
-    def _pipe(self, pipe: IO[str] | None) -> IO[str]:
-        assert pipe is not None, "both pipes are open"
-        return pipe
-
-
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One contender in one case. Medians over rounds; ratios are of times within a round."""
@@ -155,7 +121,7 @@ class Row:
     samples_ms: list[float]
 
 
-def contenders(memory: Memory, case: str, threads: int, peer: DeepSpeed | None) -> dict[str, Turn]:
+def contenders(memory: Memory, case: str, threads: int, peer: Peer | None) -> dict[str, Turn]:
     found = {
         "torch loop": torch_contender(memory, case, foreach=False, fused=False),
         "torch foreach": torch_contender(memory, case, foreach=True),
@@ -164,7 +130,7 @@ def contenders(memory: Memory, case: str, threads: int, peer: DeepSpeed | None) 
         COPY: copy_contender(memory, case, threads),
     }
     if peer is not None:
-        found["DeepSpeed CPUAdam"] = lambda: peer.turn(case)
+        found["DeepSpeed CPUAdam"] = lambda: float(peer.ask({"case": case, "times": TIMES})["seconds"])
     return found
 
 
@@ -214,7 +180,10 @@ def table(rows: list[Row]) -> str:
 
 def run(numel: int, arguments: argparse.Namespace) -> list[Row]:
     memory = Memory(numel)
-    peer = DeepSpeed(arguments.deepspeed_python, numel, arguments.threads) if arguments.deepspeed_python else None
+    peer = None
+    if arguments.deepspeed_python:
+        facts = {"numel": numel, "threads": arguments.threads}
+        peer = Peer(arguments.deepspeed_python, Path(__file__).with_name("cpu_adam_peer.py"), facts)
     try:
         return [
             row
@@ -253,7 +222,8 @@ def main() -> None:
     }
     note = (
         f"* {facts['command']}\n* {hardware()['cpu']}, {arguments.threads} threads, torch {torch.__version__}, "
-        f"{library.instruction_set}; {arguments.rounds} rounds of {TIMES} passes, medians; load {os.getloadavg()[1]:.1f}\n"
+        f"{library.instruction_set}; {arguments.rounds} rounds of {TIMES} passes, "
+        f"medians; load {os.getloadavg()[1]:.1f}\n"
         "* GB/s counts 28 bytes per parameter, which is what a single pass must move in both cases.\n"
         + ("" if arguments.deepspeed_python else "* DeepSpeed was not measured (--deepspeed-python).\n")
     )

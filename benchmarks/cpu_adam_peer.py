@@ -1,6 +1,6 @@
-"""DeepSpeed's CPU Adam in a process of its own, as it may live in another environment. Speaks JSON lines.
+"""DeepSpeed's CPU Adam in a process of its own; see benchmarks/peer.py.
 
-Reads {"case": ..., "times": ...} and answers {"seconds": ...} of one pass; the first line it says is {"ready": ...}.
+Answers {"case": ..., "times": ...} with {"seconds": ...} of one pass.
 """
 
 from __future__ import annotations
@@ -47,4 +47,4 @@ def say(answer: dict[str, object]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(**json.loads(sys.argv[1]))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from harness import run_ranks
 from models import make_gpt, my_pieces, token_batches, whole_weights, zero_config
 from plain import world_size
 from zerolith.errors import ConfigError, OffloadError, UsageError
-from zerolith.memory import SwapFile
+from zerolith.memory import SwapFile, resident_bytes
 from zerolith.zero import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -190,6 +193,34 @@ def test_memory_holds_three_sections_at_most(tmp_path: Path) -> None:
     residency.settle()
     at_rest = sum(each.storage.nbytes() for section in residency._held.values() for each in section.values())
     assert at_rest <= max(sections.values()), "but for the section that is read ahead"
+
+
+STEPS = 200
+
+
+@pytest.mark.parametrize("device", ["none", "cpu", "nvme"])
+def test_nothing_is_kept_over_many_steps(device: str, tmp_path: Path) -> None:
+    """Tensors, files, threads and the swap file are as many and as large after 200 steps as after a few."""
+    engine = start(3, device, tmp_path, bf16={"enabled": True})
+    data = DATA[torch.arange(STEPS) % len(DATA)]
+
+    def held() -> tuple[int, int, int, int]:
+        gc.collect()
+        engine._partitioned.residency.settle()
+        storages = {
+            each.untyped_storage()._cdata: each.untyped_storage().nbytes()
+            for each in gc.get_objects()
+            if type(each) in (Tensor, nn.Parameter)
+        }
+        files = len(os.listdir("/proc/self/fd"))
+        return sum(storages.values()), files, threading.active_count(), engine._partitioned.residency.nbytes
+
+    train(engine, data[:10])
+    before, resident = held(), resident_bytes()
+    train(engine, data[10:])
+    assert held() == before
+    assert resident_bytes() - resident < 32 * 2**20, "what Python and the allocator keep does not grow with steps"
+    engine.destroy()
 
 
 # --- faults -------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -87,7 +88,7 @@ class Engine(Lending):
         # alive.
         self._terms: Callable[[], float] = lambda: of_ranks * micro.per_step * scaler.scale
         register(sharded, self._partitioned, self._terms)
-        self._finalizer = weakref.finalize(self, _let_go, sharded, self._partitioned, handles)
+        self._finalizer = weakref.finalize(self, _let_go, sharded, self._partitioned, handles, os.getpid())
         self._finalizer.atexit = False
         apply_remembered(module)
 
@@ -358,8 +359,10 @@ class Engine(Lending):
         return value.to(self._sharded.plan.precision.compute) if value.is_floating_point() else value
 
 
-def _let_go(sharded: ShardedModel, partitioned: PartitionedOptimizer | None, handles: list[Any]) -> None:
+def _let_go(sharded: ShardedModel, partitioned: PartitionedOptimizer | None, handles: list[Any], pid: int) -> None:
     """Leave the model and the client's optimizer to themselves; also when an engine is dropped without destroy()."""
+    if os.getpid() != pid:
+        return  # a child that this process has forked: threads and files are its parent's
     for handle in handles:
         handle.remove()
     forget(sharded)
@@ -368,6 +371,7 @@ def _let_go(sharded: ShardedModel, partitioned: PartitionedOptimizer | None, han
     sharded.reducer.remove_hooks()
     if not any(section.is_sharded for section in sharded.sections):
         sharded.detach()  # else forward hooks stay: they make the model whole where it is used
+    sharded.residency.close()
     sharded.drop_memory()
     sharded.gradients.clear()
     sharded.reducer.gradients.clear()

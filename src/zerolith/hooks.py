@@ -35,6 +35,7 @@ from zerolith.schedule import Order
 from zerolith.unit import Unit
 
 logger = logging.getLogger("zerolith")
+READ_AHEAD = 3  # units whose shards are brought from where they rest: the next one, and those behind it
 NO_TENSORS_IN = (str, bytes, int, float, type, FunctionType, MethodType, nn.Module)
 
 
@@ -269,6 +270,8 @@ class Gatherer:
         unit.gather()
         if self.prefetch and following is not None:
             self.units[following].start_gather()
+            for number in order.expected(READ_AHEAD):
+                self.units[number].read_ahead()
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:  # whatever a module returns

@@ -25,12 +25,13 @@ from zerolith.data import Loader, make_loader
 from zerolith.engine import Engine
 from zerolith.errors import ConfigError, OptimizerError, UsageError
 from zerolith.forward import Forward
-from zerolith.memory import SwapFile, keep_freed_pages
+from zerolith.memory import keep_freed_pages
 from zerolith.memory.offload import Offload
 from zerolith.observe import Logs, Watch, make_monitors
 from zerolith.optim import build_optimizer, build_scheduler, granularities_of
 from zerolith.parameter import ShardedParameter
 from zerolith.partitioning import REPLICATE, Partitioning
+from zerolith.placement import Placement, make_placement
 from zerolith.precision import LossScaler, Precision
 from zerolith.section import Member, Plan
 from zerolith.sharded_model import ShardedModel
@@ -57,7 +58,7 @@ class _Inputs:
     scheduler: Any  # anything with step(), or None
     watch: Watch
     preemption: Preemption | None
-    swap: SwapFile | None
+    placement: Placement
 
 
 def initialize(
@@ -147,7 +148,7 @@ def _check(
         scheduler=scheduler,
         watch=watch,
         preemption=_preemption(config, undo),
-        swap=_swap(config, undo) if chosen is not None else None,
+        placement=make_placement(config, comm.device, undo, trains=chosen is not None),
     )
 
 
@@ -161,15 +162,6 @@ def _preemption(config: Config, undo: ExitStack) -> Preemption | None:
     preemption = Preemption(deadline_s=settings.preemption.deadline_s)
     undo.callback(preemption.remove)
     return preemption
-
-
-def _swap(config: Config, undo: ExitStack) -> SwapFile | None:
-    offload = config.zero_optimization.offload_optimizer
-    if offload.device != "nvme":
-        return None
-    swap = SwapFile(Path(offload.nvme_path or "").absolute())
-    undo.callback(swap.close)
-    return swap
 
 
 def _member(name: str, param: nn.Parameter) -> Member:
@@ -304,7 +296,7 @@ def _assemble(inputs: _Inputs) -> Engine:
             partitioning=partitioning,
             precision=precision,
             comm=comm,
-            master_device=None if zero.offload_optimizer.device == "none" else torch.device("cpu"),
+            master_device=inputs.placement.master_device,
         ),
         WrapPolicy(
             unit_classes=frozenset({*config.zerolith.unit_classes, *leaves.classes}),
@@ -316,10 +308,12 @@ def _assemble(inputs: _Inputs) -> Engine:
         ),
         overlap=zero.overlap_comm is not False,
         prefetch=zero.stage3_prefetch_bucket_size > 0,
+        store=inputs.placement.weights,
     )
     scaler = _scaler(config, precision)
     handles = [*checkpointed, *([inputs.preemption] if inputs.preemption is not None else [])]
-    return Engine(model, config, sharded, scaler, inputs.optimizer, inputs.watch, handles, swap=inputs.swap)
+    swap = inputs.placement.states
+    return Engine(model, config, sharded, scaler, inputs.optimizer, inputs.watch, handles, swap=swap)
 
 
 def _precision(config: Config) -> Precision:

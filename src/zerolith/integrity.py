@@ -113,7 +113,7 @@ class Integrity:
         for section in self._sharded.model.sections:
             if section.weights.data.device.type != "cpu":
                 continue
-            if section.is_sharded:  # else every rank has them, and replicas are compared
+            if section.is_sharded and not section.is_elsewhere:  # else every rank has them, and replicas are compared
                 yield f"weights of {section.name}", section.weights.data
             if is_swapped:
                 continue

@@ -88,7 +88,9 @@ class Lending(Checkpoints):
     def _states(self, names: Set[str]) -> Iterator[Tensor]:
         sharded, optimizer = self._sharded, self._partitioned
         if optimizer is not None and optimizer.residency.is_swapped:
-            names = {*GRADIENTS, WEIGHTS} & {*names}
+            names = names - {OPTIMIZER, MASTERS}
+        if sharded.residency.is_swapped:
+            names = names - {WEIGHTS}
         for section in sharded.sections:
             masters = [*section.masters.values()]
             if section.main is not None and not section.main.shares_memory_with(section.weights):

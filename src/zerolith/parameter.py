@@ -41,7 +41,7 @@ class ShardedParameter(torch.Tensor):
     """
 
     fqn: str
-    local: Tensor
+    _local: Tensor
     owned: Range
     touch: Touch
     gathered: Tensor | None  # the whole parameter while its unit is gathered: then operations go to it
@@ -55,9 +55,23 @@ class ShardedParameter(torch.Tensor):
             cls, shape, dtype=local.dtype, device=local.device, requires_grad=requires_grad
         )
         stand_in._is_param = True  # what nn.Parameter's isinstance test looks at
-        stand_in.fqn, stand_in.local, stand_in.owned, stand_in.touch = fqn, local, owned, touch
+        stand_in.fqn, stand_in._local, stand_in.owned, stand_in.touch = fqn, local, owned, touch
         stand_in.gathered = stand_in.origin = None
         return stand_in
+
+    @property
+    def local(self) -> Tensor:
+        """Raises ShardedAccessError while the elements are not in memory: to read them would crash the process."""
+        if self._local.numel() and not self._local.untyped_storage().nbytes():
+            raise ShardedAccessError(
+                f"{self.fqn!r} is not in memory, because weights are offloaded: read or edit it inside "
+                "`with zerolith.zero.GatheredParameters(...)`, and save it with engine.save_checkpoint"
+            )
+        return self._local
+
+    @local.setter
+    def local(self, local: Tensor) -> None:
+        self._local = local
 
     @property
     def present(self) -> Tensor:
@@ -97,7 +111,7 @@ class ShardedParameter(torch.Tensor):
     ) -> Any:
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             source = args[0]
-            return cls(source.shape, source.local, source.owned, fqn=source.fqn, touch=source.touch)
+            return cls(source.shape, source._local, source.owned, fqn=source.fqn, touch=source.touch)
         return refuse(next(arg for arg in pytree.tree_leaves((args, kwargs)) if isinstance(arg, cls)))
 
     # torch.distributed.checkpoint's protocol for tensors that know their own chunks (private: torch 2.11 to 2.13).

@@ -32,6 +32,10 @@ class Order:
             return None
         return self._expected()
 
+    def expected(self, count: int) -> list[int]:
+        """The next `count` units to expect, or as many as are known."""
+        return self._known[self._cursor : self._cursor + count]
+
     def ends_with(self, unit: int) -> bool:
         """Whether `unit` was used last and nothing is expected after it."""
         return self._seen[-1:] == [unit] == self._known[-1:] and self._cursor == len(self._known)

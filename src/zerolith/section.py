@@ -11,7 +11,7 @@ A section owns, over one Layout:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NoReturn
@@ -71,6 +71,7 @@ class Plan:
     precision: Precision
     comm: Comm
     master_device: torch.device | None = None  # where masters rest and are stepped; None: where the weights are
+    offloads_weights: bool = False  # whether shards of weights are elsewhere while nobody needs them
 
 
 class Section:
@@ -103,6 +104,9 @@ class Section:
         self.whole = FlatBuffer(self.layout, REPLICATE, packed.data.to(compute), rank=packed.rank)
         self.weights = self.whole if plan.partitioning.params is REPLICATE else self.whole.copy(SHARD, compute)
         self.resident: Callable[[], AbstractContextManager[None]] = nullcontext  # in which masters may be touched
+        self.near: Callable[[], AbstractContextManager[None]] = nullcontext  # in which weights at rest may be read
+        self.read_ahead: Callable[[], object] = nullcontext  # begins to bring them near
+        self.near_to_write: Callable[[], AbstractContextManager[None]] = nullcontext  # and in which written
         self.owners = list(owners)  # rank that steps each tensor, where whole tensors are stepped on shards
         self.main = self._make_main(packed)
         self.masters = self._make_masters(packed)  # by index: whole tensors that this rank owns, master dtype
@@ -134,12 +138,20 @@ class Section:
         """Whether what a rank has of the weights is not what it has of the masters."""
         return self.trained and self.main is None and self.is_sharded
 
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the weights are in memory only while someone is `near`."""
+        return self.plan.offloads_weights and self.is_sharded
+
     def start_gather(self) -> Pending:
         """Begin to fill `whole` from the shards. Collective."""
         if self.is_away:
             _refuse_away()
         self.whole.allocate()
-        return redistribute(self.weights, self.whole, comm=self.plan.comm, name=self.name)
+        with ExitStack() as here:
+            here.enter_context(self.near())
+            moved = redistribute(self.weights, self.whole, comm=self.plan.comm, name=self.name)
+            return Then(moved, here.pop_all().close)
 
     def install_whole(self) -> None:
         """Put the real parameters back into their modules."""
@@ -154,7 +166,8 @@ class Section:
     def release(self) -> None:
         """Put stand-ins into the modules and let `whole` go. What was written to parameters in place is kept."""
         if self._whole_versions != [member.param._version for member in self.members]:
-            self.weights.data.copy_(self.whole.own().data)
+            with self.near_to_write():
+                self.weights.data.copy_(self.whole.own().data)
         for member, stand_in, absent in zip(self.members, self.stand_ins, self._absent, strict=True):
             member.param.data = absent
             if member.param.requires_grad != stand_in.requires_grad:
@@ -170,17 +183,19 @@ class Section:
 
     def start_publish(self) -> Pending:
         """Begin to bring the optimizer's result to the weights. Collective where params rest whole."""
-        with self.resident():  # what is sent is copied before the sending begins
+        with ExitStack() as here, self.resident():  # what is sent is copied before the sending begins
+            here.enter_context(self.near_to_write())
             source = self.main if self.main is not None else self.weights.own()
             if self.is_cast and self.cast_target is not None:
                 source, self.is_cast = self.cast_target, False
             moved = redistribute(source, self.weights, comm=self.plan.comm, name=self.name)
-        return Then(moved, self.mark_written)
+            here.callback(self.mark_written)
+            return Then(moved, here.pop_all().close)
 
     @property
     def cast_target(self) -> FlatBuffer | None:
         """Where a step may put its result in the dtype of the weights; None if masters are those, or elsewhere."""
-        if self.main is None or self.main.shares_memory_with(self.weights):
+        if self.main is None or self.main.shares_memory_with(self.weights) or self.is_elsewhere:
             return None
         if self.main.data.device != self.weights.data.device:
             return None
@@ -219,7 +234,7 @@ class Section:
 
     def adopt_edits(self) -> None:
         """Let the masters follow weights that were written to; `whole` must be there if masters are elsewhere."""
-        with self.resident():
+        with self.resident(), self.near():
             if self.main is not None:
                 source = self.weights.own() if self.main.placement is SHARD else self.weights
                 _follow(self.main.data, source.data)
@@ -240,14 +255,16 @@ class Section:
         """Make `flat`, the whole tensor `index` flattened and equal on every rank, the weights' content."""
         own = self.weights.own()
         part = self.layout.owned(index, own.rank)
-        own.local(index).copy_(flat[part.start : part.stop])
+        with self.near_to_write():
+            own.local(index).copy_(flat[part.start : part.stop])
         if not self.is_sharded or self.stand_ins[index].gathered is not None:
             self.whole.slot(index).copy_(flat.view(self.members[index].param.shape))
         self._versions = self._current_versions()
 
     def slot_differs(self, index: int) -> bool:
         """Whether the whole tensor `index` differs from the shard at rest, on this rank's part."""
-        return not torch.equal(self._held(index, self.weights), self.weights.local(index))
+        with self.near():
+            return not torch.equal(self._held(index, self.weights), self.weights.local(index))
 
     def _held(self, index: int, buffer: FlatBuffer) -> Tensor:
         """The part of the whole tensor `index` that `buffer` holds."""
@@ -274,7 +291,8 @@ class Section:
         if not self.trained or (self.granularity is Granularity.TENSOR and optim is SHARD):
             return None  # frozen; or the owners of whole tensors hold the master
         dtype = self.plan.precision.master_dtype(packed.data.dtype)
-        if dtype == self.weights.data.dtype and self.plan.master_device in (None, self.weights.data.device):
+        is_here = self.plan.master_device in (None, self.weights.data.device) and not self.is_elsewhere
+        if dtype == self.weights.data.dtype and is_here:
             return self.weights.own() if optim is SHARD else self.weights
         return packed.copy(optim, dtype, device=self.plan.master_device)
 

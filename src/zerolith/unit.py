@@ -54,6 +54,12 @@ class Unit:
             self._pending = [section.start_gather() for section in self.sections]
             self._move(Phase.GATHERING)
 
+    def read_ahead(self) -> None:
+        """Begin to bring shards near that rest elsewhere, for a gather to come. Does not communicate."""
+        if self.phase is Phase.REST:
+            for section in self.sections:
+                section.read_ahead()
+
     def gather(self) -> None:
         """Make the parameters whole and put them into their modules. Collective unless they are whole already."""
         self.start_gather()

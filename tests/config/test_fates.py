@@ -83,7 +83,7 @@ REFUSED = [
     ("bf16.bf16_optimizer_states", True),
     ("data_types.param_dtype", "bf16"),
     ("zero_optimization.offload_optimizer.ratio", 0.5),
-    ("zero_optimization.offload_param.device", "nvme"),
+    ("zero_optimization.cpu_offload_param", True),
     ("zero_optimization.cpu_offload", True),
     ("zero_optimization.zenflow", {"topk_ratio": 0.1}),
     ("zero_optimization.zero_hpz_partition_size", 2),

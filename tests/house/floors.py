@@ -35,6 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "batches",
         "checkpoints",
         "lending",
+        "placement",
         "engine",
         "initialize",
     ),  # 6: the facade

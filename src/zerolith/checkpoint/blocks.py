@@ -135,7 +135,7 @@ class BlockReader:
     """Reads spans of at most `longest` bytes ahead of their use, in threads of `helpers` if there are any."""
 
     def __init__(self, longest: int, helpers: Executor | None) -> None:
-        self._nbytes = max(BLOCK_BYTES, longest) + 2 * ALIGNMENT
+        self._nbytes = max(2 * BLOCK_BYTES, longest) + 2 * ALIGNMENT  # larger reads are faster; writes are not
         self._helpers = helpers
         self._buffers = [page_buffer(self._nbytes) for _ in range(READS_AHEAD + 1)]
 
@@ -184,7 +184,7 @@ def _start_of(block: Sequence[Span]) -> int:
 
 def _read_block(block: Sequence[Span], buffer: memoryview) -> memoryview:
     file, start = block[0].file, _start_of(block)
-    needed = block[-1].offset + block[-1].nbytes - start
+    needed = max(span.offset + span.nbytes for span in block) - start
     target, done = buffer[: -(-needed // ALIGNMENT) * ALIGNMENT], 0
     while done < needed:
         try:

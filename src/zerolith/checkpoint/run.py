@@ -20,6 +20,7 @@ from zerolith.checkpoint.training_state import (
     Sharded,
     buffer_parts,
     content_of,
+    frozen_sections,
     gradient_parts,
     groups_of,
     master_parts,
@@ -141,7 +142,8 @@ def restore(run: Run, reader: Reader, wants: Wants, names: set[str]) -> None:
     try:
         with torch.no_grad():
             buffers, after = buffer_parts(run.sharded, manifest)
-            reader.fill([*weight_parts(run.sharded, names), *buffers])
+            _fill_frozen(run, reader, names)
+            reader.fill(buffers)
             for call in after:
                 call()
             _fill_trained(run, reader, names, takes_states=takes_states)
@@ -150,6 +152,18 @@ def restore(run: Run, reader: Reader, wants: Wants, names: set[str]) -> None:
         error = caught
     agree_on_checkpoint(run.sharded.model.comm, error, doing="loading a checkpoint")
     publish_loaded(run.sharded)
+
+
+def _fill_frozen(run: Run, reader: Reader, names: set[str]) -> None:
+    """Weights without masters; a section at a time, if they rest elsewhere."""
+    together: list[Part] = []
+    for section in frozen_sections(run.sharded):
+        if section.is_elsewhere:
+            with section.near_to_write():
+                reader.fill(weight_parts(section, names))
+        else:
+            together += weight_parts(section, names)
+    reader.fill(together)
 
 
 def _fill_trained(run: Run, reader: Reader, names: set[str], *, takes_states: bool) -> None:

@@ -71,7 +71,7 @@ def content_of(sharded: Sharded, *, exclude_frozen: bool, with_gradients: bool) 
     for section, own, index, member in sharded.slots():
         if own is None:
             if not (exclude_frozen and not _wants_grad(section, index)):
-                content.parts.append(_weight_part(section, index, member))
+                content.parts.append(_weight_to_write(section, index, member))
             continue
         cursor.go(own)
         _add_states(content, sharded, own, index, cursor)
@@ -116,13 +116,15 @@ class _Cursor:
         return replace(part, data=data.new_empty(data.shape, device="meta"), make=make)
 
 
-def weight_parts(sharded: Sharded, names: set[str]) -> list[Part]:
-    """Where this rank keeps the weights of those of these parameters that have no masters."""
-    return [
-        _weight_part(section, index, member)
-        for section, own, index, member in sharded.slots()
-        if own is None and member.name in names
-    ]
+def frozen_sections(sharded: Sharded) -> list[Section]:
+    """Those whose weights have no masters."""
+    return list(dict.fromkeys(section for section, own, _, _ in sharded.slots() if own is None))
+
+
+def weight_parts(section: Section, names: set[str]) -> list[Part]:
+    """Where this rank keeps the weights of those of these parameters that are in a section, which is near."""
+    members = enumerate(section.members)
+    return [_weight_part(section, index, member) for index, member in members if member.name in names]
 
 
 def master_parts(optimizer: PartitionedOptimizer, own: Gradients, names: set[str]) -> list[Part]:
@@ -139,7 +141,8 @@ def publish_loaded(sharded: Sharded) -> None:
     """Bring values that were written to the masters to every rank's weights. Collective."""
     if sharded.optimizer is not None:
         for own, tensors in sharded.optimizer.whole.items():
-            tensors.put_values(own.section.weights.own())
+            with own.section.near_to_write():
+                tensors.put_values(own.section.weights.own())
     sharded.model.publish(sharded.model.sections)
 
 
@@ -266,6 +269,20 @@ def _part(name: str, member: Member, part: Range, data: Tensor) -> Part:
 def _weight_part(section: Section, index: int, member: Member) -> Part:
     own = section.weights.own()
     return _part(f"value/{member.name}", member, section.layout.owned(index, own.rank), own.local(index))
+
+
+def _weight_to_write(section: Section, index: int, member: Member) -> Part:
+    """The part as a save reads it: brought near when its turn comes, where weights rest elsewhere."""
+    if not section.is_elsewhere:
+        return _weight_part(section, index, member)
+    owned = section.layout.owned(index, section.weights.rank)
+    described = torch.empty(owned.numel, dtype=section.weights.data.dtype, device="meta")
+
+    def make() -> Tensor:
+        with section.near():
+            return section.weights.local(index).clone()
+
+    return replace(_part(f"value/{member.name}", member, owned, described), make=make)
 
 
 def _add_states(content: Content, sharded: Sharded, own: Gradients, index: int, cursor: _Cursor) -> None:

@@ -125,6 +125,15 @@ class OffloadOptimizer(Section):
     nvme_path: str | None = key(None, "Folder on a fast disk of each host, for device nvme.")
 
 
+class OffloadParam(Section):
+    """Where shards of weights rest at stage 3 while no forward or backward needs them."""
+
+    device: Literal["none", "cpu", "nvme"] = key(
+        "none", "none: on the device; cpu: in host memory; nvme: in a file of each rank."
+    )
+    nvme_path: str | None = key(None, "Folder on a fast disk of each host, for device nvme.")
+
+
 class ZeroOptimization(Section):
     """What is sharded, and in what pieces; `true` is stage 1."""
 
@@ -142,14 +151,17 @@ class ZeroOptimization(Section):
     )
     leaf_module: LeafModule = LeafModule()
     offload_optimizer: OffloadOptimizer = OffloadOptimizer()
+    offload_param: OffloadParam = OffloadParam()
 
     @model_validator(mode="after")
     def _offloads_shards(self) -> "ZeroOptimization":
-        offload = self.offload_optimizer
-        if offload.device != "none" and self.stage == 0:
+        if self.offload_optimizer.device != "none" and self.stage == 0:
             raise ValueError("zero_optimization.offload_optimizer moves shards; choose stage 1, 2 or 3")
-        if offload.device == "nvme" and not offload.nvme_path:
-            raise ValueError("zero_optimization.offload_optimizer.nvme_path: device nvme needs a folder")
+        if self.offload_param.device != "none" and self.stage < 3:
+            raise ValueError("zero_optimization.offload_param moves shards of weights; choose stage 3")
+        for name, offload in (("offload_optimizer", self.offload_optimizer), ("offload_param", self.offload_param)):
+            if offload.device == "nvme" and not offload.nvme_path:
+                raise ValueError(f"zero_optimization.{name}.nvme_path: device nvme needs a folder")
         return self
 
 

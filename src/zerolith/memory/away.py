@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from zerolith.memory.host_store import bytes_of
+
 
 class Away:
     """Owner of the host copies of storages that have no memory until `bring_back`.
@@ -33,7 +35,7 @@ class Away:
         for storage in {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}.values():
             if storage.nbytes():
                 copy = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=self.pinned)
-                copy.copy_(_bytes(storage), non_blocking=self.pinned)
+                copy.copy_(bytes_of(storage), non_blocking=self.pinned)
                 devices.add(storage.device)
                 self._copies.append((storage, copy))
         _wait(devices)
@@ -48,15 +50,11 @@ class Away:
             while self._copies:
                 storage, copy = self._copies[-1]
                 storage.resize_(copy.nbytes)
-                _bytes(storage).copy_(copy, non_blocking=self.pinned)
+                bytes_of(storage).copy_(copy, non_blocking=self.pinned)
                 devices.add(storage.device)
                 self._copies.pop()
         finally:
             _wait(devices)
-
-
-def _bytes(storage: torch.UntypedStorage) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 def _wait(devices: Iterable[torch.device]) -> None:

@@ -52,6 +52,8 @@ class SwapFile:
     Raises OffloadError if it cannot be made. Methods may be called by one thread at a time.
     """
 
+    place = "on disk"
+
     def __init__(self, folder: Path, *, threads: int = 4, direct: bool = True) -> None:
         self.folder = folder
         self.is_direct = direct and hasattr(os, "O_DIRECT")

@@ -48,9 +48,12 @@ def summarize(sharded: ShardedModel, optimizer: PartitionedOptimizer | None, *, 
 
 
 def _offloaded(sharded: ShardedModel, optimizer: PartitionedOptimizer | None) -> str:
+    where = ""
     if optimizer is not None and optimizer.residency.is_swapped:
-        return ", masters and states on disk"
-    return ", masters and states in host memory" if sharded.plan.master_device is not None else ""
+        where = ", masters and states on disk"
+    elif sharded.plan.master_device is not None:
+        where = ", masters and states in host memory"
+    return where + (f", weights {sharded.residency.place}" if sharded.residency.is_swapped else "")
 
 
 def _bytes_at_rest(sharded: ShardedModel, kind: str) -> dict[str, int]:

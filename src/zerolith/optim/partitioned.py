@@ -21,10 +21,9 @@ from zerolith.comm import Comm, agree
 from zerolith.errors import OffloadError, OptimizerError
 from zerolith.gradients import Gradients
 from zerolith.layout import Range, merge_runs
-from zerolith.memory import SwapFile
+from zerolith.memory import Residency, SwapFile
 from zerolith.optim.exchange import WholeTensors
 from zerolith.optim.one_pass import OnePass
-from zerolith.optim.residency import Residency
 from zerolith.section import Granularity, Section
 
 SMALLEST_KEPT = 4096  # bytes of a state that is worth a place on disk
@@ -135,7 +134,8 @@ class PartitionedOptimizer:
                     param.grad = None
         for own in gradients:
             if own in self.whole:
-                self.whole[own].put_values(own.section.weights.own())
+                with own.section.near_to_write():
+                    self.whole[own].put_values(own.section.weights.own())
 
     def kept(self, own: Gradients) -> Iterator[Tensor]:
         """A section's masters, unless they are its weights, and all its states of more than a few elements."""

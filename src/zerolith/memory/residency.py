@@ -1,4 +1,4 @@
-"""Which sections' masters and optimizer states are in memory: all of them, or those that are being stepped.
+"""Which sections' tensors are in memory: all of them, or those that are being used.
 
 [Note: storages] What is not in memory has a storage of no bytes. Tensors and views of it stay the same objects, so
 nobody who holds one must be told; but it must not be read outside `resident()`.
@@ -9,28 +9,64 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from zerolith.errors import OffloadError
-from zerolith.gradients import Gradients
-from zerolith.memory import Region, SwapFile, Transfer
+
+K = TypeVar("K")  # what stands for a section
+K_contra = TypeVar("K_contra", contravariant=True)
 
 
-class Keeper(Protocol):
-    """Who has a section's masters and states."""
+class Moving(Protocol):
+    """Reads or writes under way."""
 
-    def kept(self, own: Gradients) -> Iterable[Tensor]:
+    def wait(self) -> None:
+        """Let them end. Raises OffloadError if one has failed."""
+        ...
+
+
+class Store(Protocol):
+    """Where tensors rest: SwapFile, HostStore, StagedSwap."""
+
+    place: str  # in words
+
+    @property
+    def nbytes(self) -> int:
+        """Of all regions."""
+        ...
+
+    def add(self, nbytes: int) -> Any:  # its own kind of region, which has `nbytes`
+        """A new region. Raises OffloadError if there is no room."""
+        ...
+
+    def write(self, region: Any, storage: torch.UntypedStorage) -> Moving:
+        """Begin to write the storage."""
+        ...
+
+    def read(self, region: Any, storage: torch.UntypedStorage) -> Moving:
+        """Begin to fill the storage with what was written last."""
+        ...
+
+    def close(self) -> None:
+        """Give all regions up."""
+        ...
+
+
+class Keeper(Protocol[K_contra]):
+    """Who has a section's tensors."""
+
+    def kept(self, own: K_contra) -> Iterable[Tensor]:
         """All of them, as they are now."""
         ...
 
-    def show(self, own: Gradients) -> None:
+    def show(self, own: K_contra) -> None:
         """They are in memory again: let others see them."""
         ...
 
-    def hide(self, own: Gradients) -> None:
+    def hide(self, own: K_contra) -> None:
         """They are about to lose their memory: to read them would crash the process."""
         ...
 
@@ -40,31 +76,36 @@ class _Held:
     """One storage of a section, and where it lies in the file."""
 
     storage: torch.UntypedStorage
-    region: Region
+    region: Any  # of the store
 
 
-class Residency:
-    """Owner of what is on disk. Without a file everything is always in memory, and every method does nothing."""
+class Residency(Generic[K]):
+    """Owner of what is elsewhere. Without a store everything is always in memory, and every method does nothing."""
 
-    def __init__(self, swap: SwapFile | None, keeper: Keeper) -> None:
+    def __init__(self, swap: Store | None, keeper: Keeper[K]) -> None:
         self._swap = swap
         self._keeper = keeper
-        self._held: dict[Gradients, dict[int, _Held]] = {}  # by storage
-        self._reads: dict[Gradients, list[Transfer]] = {}  # under way
-        self._writes: list[tuple[list[_Held], list[Transfer]]] = []  # under way, the oldest first
-        self._depth: dict[Gradients, int] = {}  # users of what is in memory
-        self._written: set[Gradients] = set()  # in memory; the file has older values
+        self._held: dict[K, dict[int, _Held]] = {}  # by storage
+        self._reads: dict[K, list[Moving]] = {}  # under way
+        self._writes: list[tuple[list[_Held], list[Moving]]] = []  # under way, the oldest first
+        self._depth: dict[K, int] = {}  # users of what is in memory
+        self._written: set[K] = set()  # in memory; the file has older values
 
     @property
     def is_swapped(self) -> bool:
         return self._swap is not None
 
     @property
+    def place(self) -> str:
+        """In words, where what is not in memory is."""
+        return self._swap.place if self._swap is not None else ""
+
+    @property
     def nbytes(self) -> int:
         """Bytes on disk."""
         return self._swap.nbytes if self._swap is not None else 0
 
-    def prefetch(self, own: Gradients) -> None:
+    def prefetch(self, own: K) -> None:
         """Begin to bring a section's tensors into memory."""
         if self._swap is None or own not in self._held or own in self._reads or self._depth.get(own):
             return
@@ -76,7 +117,7 @@ class Residency:
         self._reads[own] = reads
 
     @contextmanager
-    def readable(self, own: Gradients) -> Iterator[None]:
+    def readable(self, own: K) -> Iterator[None]:
         """A section's tensors are in memory inside. What is written to them is lost, unless in `resident` around it."""
         if self._swap is None:
             yield
@@ -89,7 +130,7 @@ class Residency:
                 self._leave(own)
 
     @contextmanager
-    def resident(self, own: Gradients) -> Iterator[None]:
+    def resident(self, own: K) -> Iterator[None]:
         """A section's tensors are in memory inside, and what was written to them is on disk some time after."""
         with self.readable(own):
             try:
@@ -136,7 +177,7 @@ class Residency:
         self._swap.close()
         self._swap = None
 
-    def _enter(self, own: Gradients) -> None:
+    def _enter(self, own: K) -> None:
         depth = self._depth.get(own, 0)
         if not depth:
             self.prefetch(own)
@@ -147,7 +188,7 @@ class Residency:
                 self._keeper.show(own)
         self._depth[own] = depth + 1
 
-    def _leave(self, own: Gradients) -> None:
+    def _leave(self, own: K) -> None:
         self._depth[own] -= 1
         if self._depth[own]:
             return
@@ -171,7 +212,7 @@ class Residency:
         self._writes.append((changed, writes))
         self.settle(but=1)
 
-    def _settle_all(self, own: Gradients) -> None:
+    def _settle_all(self, own: K) -> None:
         """Let what is being written of a section come to its end, before it is read."""
         if any(held in written for written, _ in self._writes for held in self._held[own].values()):
             self.settle()

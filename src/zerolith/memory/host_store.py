@@ -1,0 +1,126 @@
+"""Where tensors of a device go while nobody needs them: host memory, or through it a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from zerolith.errors import OffloadError
+from zerolith.memory.lane import AtOnce, Beside, Copier
+from zerolith.memory.swap import Region, SwapFile
+
+
+@dataclass(eq=False)
+class HostRegion:
+    """A tensor's place in host memory."""
+
+    nbytes: int
+    data: Tensor = field(repr=False)  # uint8
+
+
+class Copied:
+    """A copy under way. `wait()` lets what the device is given from then on run after it."""
+
+    def __init__(self, wait: Callable[[], None]) -> None:
+        self._wait = wait
+
+    def wait(self) -> None:
+        self._wait()
+
+
+class HostStore:
+    """Owner of one host copy per region, page-locked where the device copies by itself. See `SwapFile`."""
+
+    place = "in host memory"
+
+    def __init__(self, device: torch.device) -> None:
+        self.nbytes = 0
+        self._copier = copier_for(device)
+
+    def add(self, nbytes: int) -> HostRegion:
+        """A new region. Raises OffloadError if the host has no room for it."""
+        region = HostRegion(nbytes, host_bytes(nbytes, self._copier))
+        self.nbytes += nbytes
+        return region
+
+    def write(self, region: HostRegion, storage: torch.UntypedStorage) -> Copied:
+        """Begin to copy the storage, which must be left alone until the copy is waited for."""
+        return self._start(region.data, bytes_of(storage))
+
+    def read(self, region: HostRegion, storage: torch.UntypedStorage) -> Copied:
+        """Begin to fill the storage with what was written last."""
+        return self._start(bytes_of(storage), region.data)
+
+    def close(self) -> None:
+        """Regions live as long as someone has them."""
+
+    def _start(self, target: Tensor, source: Tensor) -> Copied:
+        copy = self._copier.start(target, source)
+        return Copied(lambda: self._copier.wait(copy))
+
+
+class StagedSwap:
+    """A swap file for tensors of a device: they pass through host memory of their own."""
+
+    place = "on disk"
+
+    def __init__(self, swap: SwapFile, device: torch.device) -> None:
+        self._swap = swap
+        self._copier = copier_for(device)
+
+    @property
+    def nbytes(self) -> int:
+        return self._swap.nbytes
+
+    def add(self, nbytes: int) -> Region:
+        """A new region, with room reserved on the disk. Raises OffloadError."""
+        return self._swap.add(nbytes)
+
+    def write(self, region: Region, storage: torch.UntypedStorage) -> Copied:
+        """Begin to write the storage, which is free when this returns."""
+        staged = host_bytes(region.nbytes, self._copier)
+        staged.copy_(bytes_of(storage))  # waits: the file's threads know nothing of streams
+        transfer = self._swap.write(region, staged.untyped_storage())
+
+        def finish() -> None:
+            nonlocal staged
+            transfer.wait()
+            staged = staged[:0]  # it had to stay until here
+
+        return Copied(finish)
+
+    def read(self, region: Region, storage: torch.UntypedStorage) -> Copied:
+        """Begin to read what was written last; waiting for it fills the storage."""
+        staged = host_bytes(region.nbytes, self._copier)
+        transfer = self._swap.read(region, staged.untyped_storage())
+
+        def finish() -> None:
+            transfer.wait()
+            self._copier.wait(self._copier.start(bytes_of(storage), staged))
+
+        return Copied(finish)
+
+    def close(self) -> None:
+        """Give the disk's room back."""
+        self._swap.close()
+
+
+def copier_for(device: torch.device) -> Copier:
+    """How bytes move between the host and this device."""
+    return Beside(device) if device.type == "cuda" else AtOnce()
+
+
+def bytes_of(storage: torch.UntypedStorage) -> Tensor:
+    """The storage's bytes as a tensor over the same memory."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def host_bytes(nbytes: int, copier: Copier) -> Tensor:
+    """Host memory, page-locked if `copier` needs it. Raises OffloadError if there is none."""
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=copier.needs_pinned)
+    except RuntimeError as error:
+        raise OffloadError(f"the host has no room for {nbytes} bytes that are to be offloaded: {error}") from error
