@@ -224,7 +224,7 @@ def test_what_is_not_in_memory_is_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises(ShardedAccessError, match=f"{name}.*not in memory.*save_checkpoint") as caught:
             call()
         assert "\n" not in str(caught.value)
-    with pytest.raises(ShardedAccessError, match="not in memory"):
+    with pytest.raises(RuntimeError, match="not in memory"):  # torch's, with what each parameter says
         engine.module.load_state_dict(make_gpt().state_dict())
     with GatheredParameters(list(engine.module.parameters())):
         assert engine.module.blocks[0].up.weight.isfinite().all()
