@@ -167,14 +167,16 @@ def test_a_model_that_is_built_sharded(tmp_path: Path) -> None:
     assert_equal(run_ranks(2, body, "nvme"), run_ranks(2, body, "none"))
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_checkpoints_access_and_edits(frozen: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("behind", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["all", "frozen"])
+def test_checkpoints_access_and_edits(frozen: bool, behind: bool, tmp_path: Path) -> None:
     def body(weights: str) -> Any:
         model = make_gpt()
         if frozen:
             for param in model.blocks[0].parameters():
                 param.requires_grad_(False)
-        engine = start(tmp_path / "swap", weights, model=model, bf16={"enabled": True})
+        options = {"bf16": {"enabled": True}, "checkpoint": {"async_save": behind}}
+        engine = start(tmp_path / "swap", weights, model=model, **options)
         train(engine, DATA[:1])
         params = dict(engine.module.named_parameters())
         with GatheredParameters([params["norm.weight"], params["blocks.0.up.weight"]], modifier_rank=0):

@@ -103,7 +103,8 @@ class Checkpoints(Batches):
             kept=Kept(settings.keep_last, settings.keep_every),
             read_back=settings.verify_after_save,
         )
-        is_swapped = self._partitioned is not None and self._partitioned.residency.is_swapped
+        is_swapped = self._sharded.residency.is_swapped
+        is_swapped |= self._partitioned is not None and self._partitioned.residency.is_swapped
         try:
             if settings.async_save and not is_swapped:  # nobody has room for a copy of what is on disk
                 saver.save_behind(job)
