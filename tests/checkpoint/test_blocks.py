@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -124,8 +125,23 @@ def test_another_error_of_a_write_is_raised(monkeypatch: pytest.MonkeyPatch) -> 
         written(Disk(), data_of([ALIGNMENT]), None)
 
 
-def test_threads_that_cannot_start_are_done_without() -> None:
+def test_threads_that_cannot_start_are_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert helpers(0, "test") is None
+    start, started = threading.Thread.start, []
+
+    def scarce(thread: threading.Thread) -> None:
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", scarce)
+        assert helpers(2, "test") is None
+    started[0].join(timeout=10)
+    assert not started[0].is_alive(), "the one that could start is not left waiting"
     ended = helpers(1, "test")
+    assert ended is not None
     ended.shutdown()
     assert start_task(ended, lambda: 3).result() == 3
     with pytest.raises(ZeroDivisionError):

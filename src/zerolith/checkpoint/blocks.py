@@ -92,11 +92,21 @@ class BlockWriter:
         block.copies.clear()
 
 
-def helpers(threads: int, name: str) -> ThreadPoolExecutor:
-    """So many threads that run already: where memory is scarce, CPython may wait for ever for one to start."""
+def helpers(threads: int, name: str) -> ThreadPoolExecutor | None:
+    """So many threads that run already: where memory is scarce, CPython may wait for ever for one to start.
+
+    None if no threads are wanted, or the system gives no more: who calls then does the work.
+    """
+    if not threads:
+        return None
     pool, all_here = ThreadPoolExecutor(threads, name), Barrier(threads)
-    for _ in range(threads):
-        pool.submit(all_here.wait)
+    try:
+        for _ in range(threads):
+            pool.submit(all_here.wait)
+    except RuntimeError:
+        all_here.abort()  # those that are here would wait for ever
+        pool.shutdown(cancel_futures=True)
+        return None
     return pool
 
 

@@ -82,7 +82,8 @@ class Reader:
         self.close()
 
     def close(self) -> None:
-        self._helpers.shutdown()
+        if self._helpers is not None:
+            self._helpers.shutdown()
         self._close_all()
 
     def tensor(self, name: str) -> Tensor:

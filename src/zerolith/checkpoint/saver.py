@@ -74,7 +74,7 @@ class Saver:
     def __init__(self, comm: Comm, disk: Disk, *, threads: int = 1) -> None:
         self.comm = comm
         self.disk = disk
-        self._hashers = helpers(threads, "zerolith checksum") if threads else None
+        self._hashers = helpers(threads, "zerolith checksum")
         self._locks: dict[Path, Lock] = {}
         self._memory: dict[tuple[str, int], Tensor] = {}  # of snapshots, by name and start
         self._thread: threading.Thread | None = None
