@@ -14,10 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import zerolith
+from zerolith.zero import safe_get_full_fp32_param
 
 zerolith.initialize  # noqa: B018  # loaded now, for the same reason
 gc.collect()
 gc.freeze()  # collections in forked ranks need not go through, and thereby copy, what the parent has loaded
+
+PRECISIONS: dict[str, dict[str, Any]] = {  # config sections, by name
+    "fp32": {},
+    "bf16": {"bf16": {"enabled": True}},
+    "fp16": {"fp16": {"enabled": True, "initial_scale_power": 12, "loss_scale_window": 2}},  # so that it moves
+}
 
 
 class Block(nn.Module):
@@ -124,15 +131,23 @@ def train_zero(
     engine = start_engine(model, config, make_optimizer)
     losses, norms = [], []
     for batch in data:
+        losses += train_on(engine, batch[None])
+        norms.append(engine.get_global_grad_norm())
+    weights = whole_weights(engine)
+    engine.destroy()
+    return Trained(losses, norms, weights)
+
+
+def train_on(engine: Any, data: Tensor) -> list[float]:
+    """Train on global batches; returns this rank's loss of each micro-batch. Collective."""
+    losses = []
+    for batch in data:
         for piece in my_pieces(batch, engine):
             loss = engine(piece)
             losses.append(loss.item())
             engine.backward(loss)
             engine.step()
-        norms.append(engine.get_global_grad_norm())
-    weights = whole_weights(engine)
-    engine.destroy()
-    return Trained(losses, norms, weights)
+    return losses
 
 
 def start_engine(
@@ -164,6 +179,11 @@ def whole_weights(engine: Any) -> dict[str, Tensor]:
     return weights
 
 
+def whole_masters(engine: Any) -> Tensor:
+    """Every trained parameter's master, flattened, side by side. Collective."""
+    return torch.cat([safe_get_full_fp32_param(param).flatten() for param in engine.module.parameters()])
+
+
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
     """With momentum and weight decay: a step that should not have been shows."""
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
@@ -178,6 +198,11 @@ def error_between(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
         for name, value in expected.items()
         if value.numel()
     )
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """The same bits, in containers of any depth."""
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def differing(got: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 import zerolith
 from harness import run_ranks
-from models import make_gpt, my_pieces, token_batches, whole_weights, zero_config
+from models import (
+    PRECISIONS,
+    assert_same,
+    make_gpt,
+    token_batches,
+    train_on,
+    whole_masters,
+    whole_weights,
+    zero_config,
+)
 from plain import world_size
 from zerolith.errors import ConfigError, OffloadError, UsageError
 from zerolith.memory import SwapFile, resident_bytes
@@ -28,11 +37,6 @@ from zerolith.zero import (
 )
 
 DATA = token_batches(5, 8)
-PRECISIONS: dict[str, dict[str, Any]] = {
-    "fp32": {},
-    "bf16": {"bf16": {"enabled": True}},
-    "fp16": {"fp16": {"enabled": True, "initial_scale_power": 12, "loss_scale_window": 2}},
-}
 
 
 def config_for(stage: int, device: str, folder: Path, **more: Any) -> dict[str, Any]:
@@ -41,17 +45,6 @@ def config_for(stage: int, device: str, folder: Path, **more: Any) -> dict[str, 
     zero = {"offload_optimizer": offload, "reduce_bucket_size": 4000}
     config = {"train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": 2, "gradient_clipping": 0.5}
     return zero_config(stage, zero_optimization=zero, **{**config, **more})
-
-
-def train(engine: Any, data: Tensor) -> list[float]:
-    losses = []
-    for batch in data:
-        for micro in my_pieces(batch, engine):
-            loss = engine(micro)
-            engine.backward(loss)
-            engine.step()
-            losses.append(loss.item())
-    return losses
 
 
 def start(stage: int, device: str, folder: Path, *, make: Callable[..., Any] | None = None, **more: Any) -> Any:
@@ -63,15 +56,10 @@ def start(stage: int, device: str, folder: Path, *, make: Callable[..., Any] | N
 
 def trained(stage: int, device: str, folder: Path, **more: Any) -> tuple[list[float], dict[str, Tensor], Tensor]:
     engine = start(stage, device, folder, **more)
-    losses = train(engine, DATA)
-    masters = torch.cat([safe_get_full_fp32_param(param).flatten() for param in engine.module.parameters()])
-    weights = whole_weights(engine)
+    losses = train_on(engine, DATA)
+    weights, masters = whole_weights(engine), whole_masters(engine)
     engine.destroy()
     return losses, weights, masters
-
-
-def assert_equal(one: Any, other: Any) -> None:
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -82,14 +70,14 @@ def test_where_states_rest_changes_no_bit(stage: int, precision: str, tmp_path: 
             run_ranks(world, lambda d=device: trained(stage, d, tmp_path, **PRECISIONS[precision]))
             for device in ("none", "cpu", "nvme")
         )
-        assert_equal(host, plain)
-        assert_equal(disk, plain)
+        assert_same(host, plain)
+        assert_same(disk, plain)
     assert list(tmp_path.iterdir()) == [], "the file has no name"
 
 
 def test_four_ranks(tmp_path: Path) -> None:
     plain, disk = (run_ranks(4, lambda d=device: trained(3, d, tmp_path)) for device in ("none", "nvme"))
-    assert_equal(disk, plain)
+    assert_same(disk, plain)
 
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
@@ -108,7 +96,7 @@ def test_every_kind_of_optimizer_steps_from_disk(name: str, tmp_path: Path) -> N
         run_ranks(2, lambda d=device: trained(2, d, tmp_path, make=OPTIMIZERS[name], bf16={"enabled": True}))
         for device in ("none", "nvme")
     )
-    assert_equal(disk, plain)
+    assert_same(disk, plain)
 
 
 def test_a_parameter_that_is_not_always_used_keeps_its_state_on_disk(tmp_path: Path) -> None:
@@ -133,13 +121,13 @@ def test_a_parameter_that_is_not_always_used_keeps_its_state_on_disk(tmp_path: P
             engine.step()
         return whole_weights(engine)
 
-    assert_equal(run_ranks(2, body, "nvme"), run_ranks(2, body, "none"))
+    assert_same(run_ranks(2, body, "nvme"), run_ranks(2, body, "none"))
 
 
 def test_access_edits_and_checkpoints_see_what_is_on_disk(tmp_path: Path) -> None:
     def body(device: str) -> Any:
         engine = start(3, device, tmp_path / "swap", bf16={"enabled": True})
-        train(engine, DATA[:2])
+        train_on(engine, DATA[:2])
         params = dict(engine.module.named_parameters())
         param = params["blocks.0.up.weight"]
         state = safe_get_full_optimizer_state(param, "exp_avg")
@@ -150,20 +138,20 @@ def test_access_edits_and_checkpoints_see_what_is_on_disk(tmp_path: Path) -> Non
         with zerolith.zero.GatheredParameters([params["norm.weight"]], modifier_rank=0):
             if engine.global_rank == 0:
                 params["norm.weight"].data.mul_(2)
-        train(engine, DATA[2:4])
+        train_on(engine, DATA[2:4])
         before = whole_weights(engine)
         engine.load_checkpoint(tmp_path / device)
-        train(engine, DATA[2:4])
+        train_on(engine, DATA[2:4])
         return state, local, before, whole_weights(engine)
 
     plain, disk = run_ranks(2, body, "none"), run_ranks(2, body, "nvme")
-    assert_equal(disk, plain)
+    assert_same(disk, plain)
 
 
 def test_what_is_on_disk_cannot_be_read_by_mistake(tmp_path: Path) -> None:
     engine = start(2, "nvme", tmp_path, bf16={"enabled": True})
     assert "masters and states on disk" in str(engine.summary())
-    train(engine, DATA[:1])
+    train_on(engine, DATA[:1])
     inner = engine.basic_optimizer
     assert [group["params"] for group in inner.param_groups] == [[]]
     assert not any(inner.state.values())
@@ -173,7 +161,7 @@ def test_what_is_on_disk_cannot_be_read_by_mistake(tmp_path: Path) -> None:
 
 def test_memory_holds_three_sections_at_most(tmp_path: Path) -> None:
     engine = start(1, "nvme", tmp_path, bf16={"enabled": True})
-    train(engine, DATA[:2])
+    train_on(engine, DATA[:2])
     residency = engine._partitioned.residency
     sections = {own: sum(held.region.nbytes for held in held.values()) for own, held in residency._held.items()}
     assert len(sections) > 4
@@ -188,7 +176,7 @@ def test_memory_holds_three_sections_at_most(tmp_path: Path) -> None:
         return step(engine.basic_optimizer, *args)
 
     engine.basic_optimizer.step = watched
-    train(engine, DATA[2:])
+    train_on(engine, DATA[2:])
     assert 0 < most <= sum(sorted(sections.values())[-3:])
     residency.settle()
     at_rest = sum(each.storage.nbytes() for section in residency._held.values() for each in section.values())
@@ -201,26 +189,30 @@ STEPS = 200
 @pytest.mark.parametrize("device", ["none", "cpu", "nvme"])
 def test_nothing_is_kept_over_many_steps(device: str, tmp_path: Path) -> None:
     """Tensors, files, threads and the swap file are as many and as large after 200 steps as after a few."""
-    engine = start(3, device, tmp_path, bf16={"enabled": True})
-    data = DATA[torch.arange(STEPS) % len(DATA)]
 
-    def held() -> tuple[int, int, int, int]:
-        gc.collect()
-        engine._partitioned.residency.settle()
-        storages = {
-            each.untyped_storage()._cdata: each.untyped_storage().nbytes()
-            for each in gc.get_objects()
-            if type(each) in (Tensor, nn.Parameter) and each.layout is torch.strided  # others have no storage
-        }
-        files = len(os.listdir("/proc/self/fd"))
-        return sum(storages.values()), files, threading.active_count(), engine._partitioned.residency.nbytes
+    def body() -> None:
+        engine = start(3, device, tmp_path, bf16={"enabled": True})
+        data = DATA[torch.arange(STEPS) % len(DATA)]
 
-    train(engine, data[:10])
-    before, resident = held(), resident_bytes()
-    train(engine, data[10:])
-    assert held() == before
-    assert resident_bytes() - resident < 32 * 2**20, "what Python and the allocator keep does not grow with steps"
-    engine.destroy()
+        def held() -> tuple[int, int, int, int]:
+            gc.collect()
+            engine._partitioned.residency.settle()
+            storages = {
+                each.untyped_storage()._cdata: each.untyped_storage().nbytes()
+                for each in gc.get_objects()
+                if type(each) in (Tensor, nn.Parameter) and each.layout is torch.strided  # others have no storage
+            }
+            files = len(os.listdir("/proc/self/fd"))
+            return sum(storages.values()), files, threading.active_count(), engine._partitioned.residency.nbytes
+
+        train_on(engine, data[:10])
+        before, resident = held(), resident_bytes()
+        train_on(engine, data[10:])
+        assert held() == before
+        assert resident_bytes() - resident < 32 * 2**20, "what Python and the allocator keep does not grow with steps"
+        engine.destroy()
+
+    run_ranks(1, body)  # of its own: other tests leave things for the garbage collector
 
 
 # --- faults -------------------------------------------------------------------------------------
@@ -232,17 +224,17 @@ def test_a_disk_that_fails_ends_all_ranks_with_the_cause(
 ) -> None:
     def body() -> str:
         engine = start(2, "nvme", tmp_path / "swap", bf16={"enabled": True})
-        train(engine, DATA[:1])
+        train_on(engine, DATA[:1])
         engine.save_checkpoint(tmp_path / "checkpoints")
         if engine.global_rank == 1:
             monkeypatch.setattr(f"os.{operation}", failing)
         with pytest.raises(OffloadError) as caught:
-            train(engine, DATA[1:4])
+            train_on(engine, DATA[1:4])
         monkeypatch.undo()
         with pytest.raises(UsageError, match="the last step failed half-way"):
-            train(engine, DATA[:1])
+            train_on(engine, DATA[:1])
         engine.load_checkpoint(tmp_path / "checkpoints")
-        train(engine, DATA[:1])
+        train_on(engine, DATA[:1])
         engine.destroy()
         return str(caught.value)
 
@@ -256,14 +248,14 @@ def test_a_disk_that_fails_ends_all_ranks_with_the_cause(
 
 def test_a_flipped_bit_on_disk_is_not_stepped_with(tmp_path: Path) -> None:
     engine = start(1, "nvme", tmp_path, bf16={"enabled": True})
-    train(engine, DATA[:1])
+    train_on(engine, DATA[:1])
     residency = engine._partitioned.residency
     residency.settle()
     own = engine._partitioned.gradients[2]
     region = next(iter(residency._held[own].values())).region
     region.digests[0] ^= 1
     with pytest.raises(OffloadError, match="are not what was written there"):
-        train(engine, DATA[1:2])
+        train_on(engine, DATA[1:2])
 
 
 def test_a_full_disk_is_found_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

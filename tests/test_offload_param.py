@@ -14,7 +14,17 @@ from torch import Tensor, nn
 import zerolith
 import zerolith.placement
 from harness import run_ranks
-from models import GPT, make_gpt, my_pieces, token_batches, whole_weights, zero_config
+from models import (
+    GPT,
+    PRECISIONS,
+    assert_same,
+    make_gpt,
+    token_batches,
+    train_on,
+    whole_masters,
+    whole_weights,
+    zero_config,
+)
 from plain import world_size
 from zerolith.errors import ConfigError, OffloadError, ShardedAccessError
 from zerolith.memory import HostStore, StagedSwap, Store, SwapFile
@@ -22,11 +32,6 @@ from zerolith.zero import GatheredParameters, Init, safe_get_full_fp32_param, sa
 
 DATA = token_batches(4, 8)
 CPU = torch.device("cpu")
-PRECISIONS: dict[str, dict[str, Any]] = {
-    "fp32": {},
-    "bf16": {"bf16": {"enabled": True}},
-    "fp16": {"fp16": {"enabled": True, "initial_scale_power": 12, "loss_scale_window": 2}},
-}
 STORES: dict[str, Callable[[Path], Store]] = {  # as for a GPU, where the host is another place
     "cpu": lambda folder: HostStore(CPU),
     "staged": lambda folder: StagedSwap(SwapFile(folder), CPU),
@@ -51,28 +56,12 @@ def start(folder: Path, weights: str, states: str = "none", *, model: nn.Module 
         return zerolith.initialize(model=model or make_gpt(), config=config)[0]
 
 
-def train(engine: Any, data: Tensor = DATA) -> list[float]:
-    losses = []
-    for batch in data:
-        for piece in my_pieces(batch, engine):
-            loss = engine(piece)
-            engine.backward(loss)
-            engine.step()
-            losses.append(loss.item())
-    return losses
-
-
 def trained(folder: Path, weights: str, states: str = "none", **more: Any) -> Any:
     engine = start(folder, weights, states, **more)
-    losses = train(engine)
-    masters = torch.cat([safe_get_full_fp32_param(param).flatten() for param in engine.module.parameters()])
-    whole = whole_weights(engine)
+    losses = train_on(engine, DATA)
+    whole, masters = whole_weights(engine), whole_masters(engine)
     engine.destroy()
     return losses, whole, masters
-
-
-def assert_equal(one: Any, other: Any) -> None:
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -83,13 +72,13 @@ def test_where_weights_rest_changes_no_bit(weights: str, states: str, precision:
             run_ranks(world, lambda w=where, s=how: trained(tmp_path, w, s, **PRECISIONS[precision]))
             for where, how in (("none", "none"), (weights, states))
         )
-        assert_equal(offloaded, plain)
+        assert_same(offloaded, plain)
     assert list(tmp_path.iterdir()) == [], "files have no names"
 
 
 def test_four_ranks(tmp_path: Path) -> None:
     plain, offloaded = (run_ranks(4, lambda w=where: trained(tmp_path, w, w)) for where in ("none", "nvme"))
-    assert_equal(offloaded, plain)
+    assert_same(offloaded, plain)
 
 
 @pytest.mark.parametrize("more", [{"zero_optimization": {"stage3_prefetch_bucket_size": 0}}, {}], ids=["no", "yes"])
@@ -98,9 +87,9 @@ def test_gathering_ahead_or_not_and_checkpointing_change_nothing(more: dict[str,
         config = config_for(tmp_path, weights, activation_checkpointing={"policy": "full"})
         config["zero_optimization"].update(more.get("zero_optimization", {}))
         engine = zerolith.initialize(model=make_gpt(), config=config)[0]
-        return train(engine), whole_weights(engine)
+        return train_on(engine, DATA), whole_weights(engine)
 
-    assert_equal(run_ranks(2, body, "nvme"), run_ranks(2, body, "none"))
+    assert_same(run_ranks(2, body, "nvme"), run_ranks(2, body, "none"))
 
 
 def in_memory(engine: Any) -> int:
@@ -152,7 +141,7 @@ def test_a_model_without_an_optimizer_generates(tmp_path: Path) -> None:
             losses = [engine(batch) for batch in DATA for _ in range(2)]
         return torch.stack(losses)
 
-    assert_equal(run_ranks(2, body, "nvme"), run_ranks(2, body, "none"))
+    assert_same(run_ranks(2, body, "nvme"), run_ranks(2, body, "none"))
 
 
 def test_a_model_that_is_built_sharded(tmp_path: Path) -> None:
@@ -162,9 +151,9 @@ def test_a_model_that_is_built_sharded(tmp_path: Path) -> None:
         with Init(config_dict_or_path=config):
             model = GPT()
         engine = zerolith.initialize(model=model, config=config)[0]
-        return train(engine), whole_weights(engine)
+        return train_on(engine, DATA), whole_weights(engine)
 
-    assert_equal(run_ranks(2, body, "nvme"), run_ranks(2, body, "none"))
+    assert_same(run_ranks(2, body, "nvme"), run_ranks(2, body, "none"))
 
 
 @pytest.mark.parametrize("behind", [False, True], ids=["sync", "async"])
@@ -177,7 +166,7 @@ def test_checkpoints_access_and_edits(frozen: bool, behind: bool, tmp_path: Path
                 param.requires_grad_(False)
         options = {"bf16": {"enabled": True}, "checkpoint": {"async_save": behind}}
         engine = start(tmp_path / "swap", weights, model=model, **options)
-        train(engine, DATA[:1])
+        train_on(engine, DATA[:1])
         params = dict(engine.module.named_parameters())
         with GatheredParameters([params["norm.weight"], params["blocks.0.up.weight"]], modifier_rank=0):
             if engine.global_rank == 0:
@@ -188,23 +177,23 @@ def test_checkpoints_access_and_edits(frozen: bool, behind: bool, tmp_path: Path
         )
         engine.save_checkpoint(tmp_path / weights)
         engine.save_16bit_model(tmp_path / f"{weights}.16bit")
-        train(engine, DATA[1:3])
+        train_on(engine, DATA[1:3])
         before = whole_weights(engine)
         engine.load_checkpoint(tmp_path / weights)
-        losses = train(engine, DATA[1:3])
+        losses = train_on(engine, DATA[1:3])
         again = start(
             tmp_path / "swap", "none" if weights == "nvme" else "nvme", model=model_of(frozen), bf16={"enabled": True}
         )
         again.load_checkpoint(tmp_path / weights)
-        elsewhere = train(again, DATA[1:3])
+        elsewhere = train_on(again, DATA[1:3])
         assert elsewhere == losses
         return before, losses, whole_weights(engine), whole_weights(again)
 
     plain, offloaded = run_ranks(2, body, "none"), run_ranks(2, body, "nvme")
-    assert_equal(offloaded, plain)
+    assert_same(offloaded, plain)
     for before, _, after, again in plain:
-        assert_equal(after, before)
-        assert_equal(again, before)
+        assert_same(after, before)
+        assert_same(again, before)
     one, other = ((tmp_path / f"{name}.16bit" / "model.safetensors").read_bytes() for name in ("none", "nvme"))
     assert one == other
 
@@ -219,7 +208,7 @@ def model_of(frozen: bool) -> nn.Module:
 
 def test_what_is_not_in_memory_is_refused_by_name(tmp_path: Path) -> None:
     engine = start(tmp_path, "nvme")
-    train(engine, DATA[:1])
+    train_on(engine, DATA[:1])
     state = engine.module.state_dict()
     name, stand_in = next((name, each) for name, each in state.items() if "up.weight" in name)
     for call in (lambda: stand_in.local, lambda: stand_in.detach().local, lambda: stand_in.copy_(torch.zeros(128, 32))):
@@ -236,18 +225,18 @@ def test_what_is_not_in_memory_is_refused_by_name(tmp_path: Path) -> None:
 def test_integrity_and_lending_leave_them_alone(tmp_path: Path) -> None:
     def body(weights: str) -> Any:
         engine = start(tmp_path, weights, "nvme" if weights == "nvme" else "none", integrity_interval=1)
-        train(engine, DATA[:1])
+        train_on(engine, DATA[:1])
         engine.offload_states()
         engine.reload_states()
-        return train(engine, DATA[1:]), whole_weights(engine)
+        return train_on(engine, DATA[1:]), whole_weights(engine)
 
-    assert_equal(run_ranks(2, body, "nvme"), run_ranks(2, body, "none"))
+    assert_same(run_ranks(2, body, "nvme"), run_ranks(2, body, "none"))
 
 
 @pytest.mark.parametrize("how", ["fails", "flips"])
 def test_a_disk_that_fails_in_forward_is_named(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = start(tmp_path, "nvme")
-    train(engine, DATA[:1])
+    train_on(engine, DATA[:1])
     real = os.preadv
 
     def preadv(file: int, buffers: Any, offset: int) -> int:
@@ -260,7 +249,7 @@ def test_a_disk_that_fails_in_forward_is_named(how: str, tmp_path: Path, monkeyp
     monkeypatch.setattr(os, "preadv", preadv)
     words = "Input/output error" if how == "fails" else "not what was written"
     with pytest.raises(OffloadError, match=f"{tmp_path}.*{words}"):
-        train(engine, DATA[1:2])
+        train_on(engine, DATA[1:2])
 
 
 @pytest.mark.parametrize(
@@ -282,4 +271,4 @@ def test_on_a_machine_without_a_gpu_the_host_is_the_device(tmp_path: Path) -> No
     config = config_for(tmp_path, "cpu")
     here = zerolith.initialize(model=make_gpt(), config=config)[0]
     assert in_memory(here) == in_memory(engine) > 0
-    assert_equal(train(here), train(engine))
+    assert_same(train_on(here, DATA), train_on(engine, DATA))

@@ -60,7 +60,6 @@ class Checkpoints(Batches):
     _mixture = ""  # how it came that weights and states do not belong together
     _saved_step = -1
     _away: Away | None = None  # what offload_states has moved, until reload_states
-    _gone: frozenset[str] = frozenset()  # the kinds of it
     _terms: Callable[[], float]
     _finalizer: weakref.finalize[..., Any]
     _in_backward: bool
@@ -308,8 +307,9 @@ class Checkpoints(Batches):
 
     def _check_here(self, *kinds: str) -> None:
         """Raise UsageError if anything is away; if `kinds` are given, only if one of them is."""
-        if self._gone and (not kinds or self._gone & {*kinds}):
-            raise UsageError(f"{', '.join(sorted(self._gone))} are offloaded; call engine.reload_states() before")
+        away = self._away.kinds if self._away is not None else frozenset()
+        if away and (not kinds or away & {*kinds}):
+            raise UsageError(f"{', '.join(sorted(away))} are offloaded; call engine.reload_states() before")
 
     def _folder(self, given: str | Path | None) -> Path:
         configured = self._settings.checkpoint.folder

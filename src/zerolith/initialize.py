@@ -33,7 +33,7 @@ from zerolith.parameter import ShardedParameter
 from zerolith.partitioning import REPLICATE, Partitioning
 from zerolith.placement import Placement, make_placement
 from zerolith.precision import LossScaler, Precision
-from zerolith.section import Member, Plan
+from zerolith.section import Member, Plan, weights_in
 from zerolith.sharded_model import ShardedModel
 from zerolith.wrap import WrapPolicy, find_members
 from zerolith.zero.init import Origin
@@ -297,6 +297,7 @@ def _assemble(inputs: _Inputs) -> Engine:
             precision=precision,
             comm=comm,
             master_device=inputs.placement.master_device,
+            residency=weights_in(inputs.placement.weights),
         ),
         WrapPolicy(
             unit_classes=frozenset({*config.zerolith.unit_classes, *leaves.classes}),
@@ -308,7 +309,6 @@ def _assemble(inputs: _Inputs) -> Engine:
         ),
         overlap=zero.overlap_comm is not False,
         prefetch=zero.stage3_prefetch_bucket_size > 0,
-        store=inputs.placement.weights,
     )
     scaler = _scaler(config, precision)
     handles = [*checkpointed, *([inputs.preemption] if inputs.preemption is not None else [])]

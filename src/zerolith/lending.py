@@ -48,14 +48,14 @@ class Lending(Checkpoints):
         sharded.adopt_edits()
         sharded.release_all()
         sharded.comm.pool.clear()
-        self._away, self._gone = Away(pinned=pin_memory and self.device.type == "cuda"), frozenset(names)
+        self._away = Away(names, pinned=pin_memory and self.device.type == "cuda")
         error: Exception | None = None
         try:
             for section in sharded.sections:
                 section.put_away(weights=WEIGHTS in names)
             self._away.send(self._states(names))
-        except (MemoryError, RuntimeError) as caught:  # torch raises RuntimeError where there is no memory
-            error = OffloadError(f"the host has no room for the states that are to be offloaded: {caught}")
+        except OffloadError as caught:
+            error = caught
         try:
             agree(sharded.comm, error, doing="offloading states", kind=OffloadError)
         except OffloadError:
@@ -83,7 +83,7 @@ class Lending(Checkpoints):
             self._away.bring_back()
             for section in self._sharded.sections:
                 section.take_back()
-            self._away, self._gone = None, frozenset()
+            self._away = None
 
     def _states(self, names: Set[str]) -> Iterator[Tensor]:
         sharded, optimizer = self._sharded, self._partitioned

@@ -23,6 +23,7 @@ from zerolith.buffer import FlatBuffer
 from zerolith.comm import Comm, Pending
 from zerolith.errors import UsageError
 from zerolith.layout import plan_layout
+from zerolith.memory import Residency, Store
 from zerolith.parameter import ShardedParameter, Touch
 from zerolith.partitioning import REPLICATE, SHARD, Partitioning
 from zerolith.precision import Precision
@@ -63,6 +64,23 @@ class Member:
             module._parameters[attribute] = param  # type: ignore[assignment]  # a stand-in counts as a parameter
 
 
+class _Weights:
+    """What of a section rests elsewhere."""
+
+    def kept(self, section: Section) -> list[Tensor]:
+        return [section.weights.data]
+
+    def show(self, section: Section) -> None:
+        """Nobody else sees them."""
+
+    hide = show
+
+
+def weights_in(store: Store | None) -> Residency[Section]:
+    """Shards of weights that rest in `store`, or in their own memory without one."""
+    return Residency(store, _Weights())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What every section of an engine shares."""
@@ -71,7 +89,7 @@ class Plan:
     precision: Precision
     comm: Comm
     master_device: torch.device | None = None  # where masters rest and are stepped; None: where the weights are
-    offloads_weights: bool = False  # whether shards of weights are elsewhere while nobody needs them
+    residency: Residency[Section] = field(default_factory=lambda: weights_in(None))  # of shards of weights
 
 
 class Section:
@@ -104,9 +122,6 @@ class Section:
         self.whole = FlatBuffer(self.layout, REPLICATE, packed.data.to(compute), rank=packed.rank)
         self.weights = self.whole if plan.partitioning.params is REPLICATE else self.whole.copy(SHARD, compute)
         self.resident: Callable[[], AbstractContextManager[None]] = nullcontext  # in which masters may be touched
-        self.near: Callable[[], AbstractContextManager[None]] = nullcontext  # in which weights at rest may be read
-        self.read_ahead: Callable[[], object] = nullcontext  # begins to bring them near
-        self.near_to_write: Callable[[], AbstractContextManager[None]] = nullcontext  # and in which written
         self.owners = list(owners)  # rank that steps each tensor, where whole tensors are stepped on shards
         self.main = self._make_main(packed)
         self.masters = self._make_masters(packed)  # by index: whole tensors that this rank owns, master dtype
@@ -127,6 +142,8 @@ class Section:
         self.drop_edits()
         if self.is_sharded:
             self.release()
+        with self.near(to_write=True):
+            pass  # from here on they are elsewhere, if at all
 
     @property
     def is_sharded(self) -> bool:
@@ -141,7 +158,19 @@ class Section:
     @property
     def is_elsewhere(self) -> bool:
         """Whether the weights are in memory only while someone is `near`."""
-        return self.plan.offloads_weights and self.is_sharded
+        return self.plan.residency.is_swapped and self.is_sharded
+
+    def near(self, *, to_write: bool = False) -> AbstractContextManager[None]:
+        """Inside, weights at rest may be read, and written if told."""
+        if not self.is_elsewhere:
+            return nullcontext()
+        residency = self.plan.residency
+        return residency.resident(self) if to_write else residency.readable(self)
+
+    def read_ahead(self) -> None:
+        """Begin to bring weights near that rest elsewhere."""
+        if self.is_elsewhere:
+            self.plan.residency.prefetch(self)
 
     def start_gather(self) -> Pending:
         """Begin to fill `whole` from the shards. Collective."""
@@ -166,7 +195,7 @@ class Section:
     def release(self) -> None:
         """Put stand-ins into the modules and let `whole` go. What was written to parameters in place is kept."""
         if self._whole_versions != [member.param._version for member in self.members]:
-            with self.near_to_write():
+            with self.near(to_write=True):
                 self.weights.data.copy_(self.whole.own().data)
         for member, stand_in, absent in zip(self.members, self.stand_ins, self._absent, strict=True):
             member.param.data = absent
@@ -184,7 +213,7 @@ class Section:
     def start_publish(self) -> Pending:
         """Begin to bring the optimizer's result to the weights. Collective where params rest whole."""
         with ExitStack() as here, self.resident():  # what is sent is copied before the sending begins
-            here.enter_context(self.near_to_write())
+            here.enter_context(self.near(to_write=True))
             source = self.main if self.main is not None else self.weights.own()
             if self.is_cast and self.cast_target is not None:
                 source, self.is_cast = self.cast_target, False
@@ -255,7 +284,7 @@ class Section:
         """Make `flat`, the whole tensor `index` flattened and equal on every rank, the weights' content."""
         own = self.weights.own()
         part = self.layout.owned(index, own.rank)
-        with self.near_to_write():
+        with self.near(to_write=True):
             own.local(index).copy_(flat[part.start : part.stop])
         if not self.is_sharded or self.stand_ins[index].gathered is not None:
             self.whole.slot(index).copy_(flat.view(self.members[index].param.shape))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,23 +15,10 @@ from zerolith.errors import UsageError
 from zerolith.gradients import Gradients, Reducer
 from zerolith.hooks import Gatherer
 from zerolith.layout import assign_owners
-from zerolith.memory import Residency, Store
 from zerolith.parameter import ShardedParameter, Touch, refuse
 from zerolith.section import Member, Plan, Section
 from zerolith.unit import Phase, Unit
 from zerolith.wrap import UnitPlan, WrapPolicy, plan_units, split_members
-
-
-class _Weights:
-    """What of a section rests elsewhere."""
-
-    def kept(self, section: Section) -> list[Tensor]:
-        return [section.weights.data]
-
-    def show(self, section: Section) -> None:
-        """Nobody else sees them."""
-
-    hide = show
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +46,11 @@ class ShardedModel:
         *,
         overlap: bool,
         prefetch: bool,
-        store: Store | None = None,  # where shards of weights rest
     ) -> None:
         self.model = model
-        self.plan = replace(plan, offloads_weights=store is not None)
+        self.plan = plan
         self.comm: Comm = plan.comm
-        self.residency: Residency[Section] = Residency(store, _Weights())
+        self.residency = plan.residency
         self._loads = [0.0] * plan.comm.size  # of the owners of whole tensors
         plans = plan_units(model, members, policy)
         self.units = [self._make_unit(unit_plan, policy, is_root=unit_plan is plans[0]) for unit_plan in plans]
@@ -182,12 +167,6 @@ class ShardedModel:
                 owners=assign_owners([member.param.shape for member in members], self._loads),
             )
             section.keeps_memory = is_root
-            if section.is_elsewhere:
-                section.near = partial(self.residency.readable, section)
-                section.near_to_write = partial(self.residency.resident, section)
-                section.read_ahead = partial(self.residency.prefetch, section)
-                with section.near_to_write():
-                    pass  # from here on they are elsewhere
             sections.append(section)
         return Unit(plan.name, sections, stays=is_root)
 

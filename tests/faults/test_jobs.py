@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from faults.jobs import Job, run_job, tell
+from faults.jobs import Job, living, run_job, tell
 from faults.states import engine_digest, left_overs, make_engine, run_on
 from zerolith.checkpoint import find
 from zerolith.errors import CheckpointError
@@ -115,6 +115,8 @@ def test_a_child_of_a_dead_rank_does_not_hold_its_lock(quick_path: Path) -> None
         assert [ended.result for ended in run_job(1, save_next, quick_path)] == [2]
     finally:
         os.kill(child, signal.SIGKILL)
+        while child in living(first.pids[0]):  # it is not dead at once
+            time.sleep(0.01)
         first.end()
 
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 import zerolith.section
 from harness import run_ranks
-from models import make_gpt, token_batches, train_zero, zero_config
+from models import PRECISIONS, assert_same, make_gpt, token_batches, train_zero, zero_config
 from plain import MICRO, STAGES, config_for, error_between, make_batches, start, train_engine
 from zerolith.optim import build_optimizer, lion, one_pass, original
 
@@ -138,13 +138,6 @@ def test_an_option_of_a_group_counts() -> None:
     assert type(build_optimizer("AdamW", {}, groups, nn.Module(), in_one_pass=True)) is torch.optim.AdamW
 
 
-PRECISIONS: dict[str, dict[str, Any]] = {
-    "fp32": {},
-    "bf16": {"bf16": {"enabled": True}},
-    "fp16": {"fp16": {"enabled": True, "initial_scale_power": 12, "loss_scale_window": 2}},
-}
-
-
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("world", [1, 2])
 def test_weights_cast_on_the_way_are_the_masters_rounded(
@@ -161,7 +154,7 @@ def test_weights_cast_on_the_way_are_the_masters_rounded(
     monkeypatch.setattr(zerolith.section.Section, "cast_target", None)
     apart = runs()
     for run in [*cast[1:], *apart]:
-        torch.testing.assert_close(run, cast[0], rtol=0, atol=0)
+        assert_same(run, cast[0])
 
 
 def test_checkpoints_go_from_torchs_class_to_ours_and_back(tmp_path: Path) -> None:

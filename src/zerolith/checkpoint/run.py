@@ -159,7 +159,7 @@ def _fill_frozen(run: Run, reader: Reader, names: set[str]) -> None:
     together: list[Part] = []
     for section in frozen_sections(run.sharded):
         if section.is_elsewhere:
-            with section.near_to_write():
+            with section.near(to_write=True):
                 reader.fill(weight_parts(section, names))
         else:
             together += weight_parts(section, names)

@@ -142,13 +142,16 @@ class Saver:
     def lock(self, folder: Path) -> None:
         """Make `folder` this job's own, and sweep it. Raises CheckpointError on every rank."""
         with self._together("locking the checkpoint folder", folder):
-            if self.comm.rank == 0 and folder not in self._locks:
-                make_folder(self.disk, folder)
-                lock, is_new = take_lock(folder)
-                gone = sweep(self.disk, folder) if is_new else []  # another engine of this process may be writing
-                self._locks[folder] = lock
-                if gone:
-                    logger.info("%s: %d files of unfinished checkpoints were removed", folder, len(gone))
+            self._lock(folder)
+
+    def _lock(self, folder: Path) -> None:
+        if self.comm.rank == 0 and folder not in self._locks:
+            make_folder(self.disk, folder)
+            lock, is_new = take_lock(folder)
+            gone = sweep(self.disk, folder) if is_new else []  # another engine of this process may be writing
+            self._locks[folder] = lock
+            if gone:
+                logger.info("%s: %d files of unfinished checkpoints were removed", folder, len(gone))
 
     def _raise_outcome(self) -> None:
         (error,), self._thread = self._outcome, None
@@ -205,10 +208,10 @@ class Saver:
 
     def _claim(self, job: Job) -> ExitStack:
         """The tag, for this engine alone until the stack is closed. Raises CheckpointError on every rank."""
-        self.lock(job.folder)
         with ExitStack() as claim:
             with self._together("preparing a checkpoint", job.folder / job.tag):
                 tag_folder(job.folder, job.tag)
+                self._lock(job.folder)
                 if self.comm.rank == 0:
                     claim.enter_context(self._locks[job.folder].writing(job.tag))
             return claim.pop_all()

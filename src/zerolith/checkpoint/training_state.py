@@ -141,7 +141,7 @@ def publish_loaded(sharded: Sharded) -> None:
     """Bring values that were written to the masters to every rank's weights. Collective."""
     if sharded.optimizer is not None:
         for own, tensors in sharded.optimizer.whole.items():
-            with own.section.near_to_write():
+            with own.section.near(to_write=True):
                 tensors.put_values(own.section.weights.own())
     sharded.model.publish(sharded.model.sections)
 

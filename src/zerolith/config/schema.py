@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from zerolith.partitioning import SHARD, Partitioning
+
 T = TypeVar("T")
 MAX_INT = 2**63 - 1
 MOE_BLOCKS = (
@@ -155,9 +157,10 @@ class ZeroOptimization(Section):
 
     @model_validator(mode="after")
     def _offloads_shards(self) -> "ZeroOptimization":
-        if self.offload_optimizer.device != "none" and self.stage == 0:
+        partitioning = Partitioning.from_stage(self.stage)
+        if self.offload_optimizer.device != "none" and partitioning.optim is not SHARD:
             raise ValueError("zero_optimization.offload_optimizer moves shards; choose stage 1, 2 or 3")
-        if self.offload_param.device != "none" and self.stage < 3:
+        if self.offload_param.device != "none" and partitioning.params is not SHARD:
             raise ValueError("zero_optimization.offload_param moves shards of weights; choose stage 3")
         for name, offload in (("offload_optimizer", self.offload_optimizer), ("offload_param", self.offload_param)):
             if offload.device == "nvme" and not offload.nvme_path:

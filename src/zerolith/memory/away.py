@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 import torch
 from torch import Tensor
 
-from zerolith.memory.host_store import bytes_of
+from zerolith.memory.host_store import bytes_of, host_bytes
 
 
 class Away:
@@ -16,7 +16,8 @@ class Away:
     Nobody may read a tensor in between: it would crash the process.
     """
 
-    def __init__(self, *, pinned: bool) -> None:
+    def __init__(self, kinds: Set[str] = frozenset(), *, pinned: bool = False) -> None:
+        self.kinds = frozenset(kinds)  # of states, for those who ask what is away
         self.pinned = pinned
         self._copies: list[tuple[torch.UntypedStorage, Tensor]] = []
 
@@ -29,18 +30,18 @@ class Away:
     def send(self, tensors: Iterable[Tensor]) -> None:
         """Copy the storages of `tensors` to the host and let their memory go; one that has none is left out.
 
-        Raises RuntimeError if the host has no room for one; what was sent before is away then.
+        Raises OffloadError if the host has no room for all; all are as they were then.
         """
-        devices = set()
+        copies = []
         for storage in {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}.values():
             if storage.nbytes():
-                copy = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=self.pinned)
+                copy = host_bytes(storage.nbytes(), pinned=self.pinned)
                 copy.copy_(bytes_of(storage), non_blocking=self.pinned)
-                devices.add(storage.device)
-                self._copies.append((storage, copy))
-        _wait(devices)
-        for storage, _ in self._copies:
+                copies.append((storage, copy))
+        _wait({storage.device for storage, _ in copies})
+        for storage, _ in copies:
             storage.resize_(0)
+        self._copies += copies
 
     @torch.no_grad()
     def bring_back(self) -> None:

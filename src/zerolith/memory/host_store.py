@@ -22,13 +22,15 @@ class HostRegion:
 
 
 class Copied:
-    """A copy under way. `wait()` lets what the device is given from then on run after it."""
+    """A copy under way. `wait()` lets what the device is given from then on run after it; `held` stays until then."""
 
-    def __init__(self, wait: Callable[[], None]) -> None:
+    def __init__(self, wait: Callable[[], None], *, held: Tensor | None = None) -> None:
         self._wait = wait
+        self._held = held
 
     def wait(self) -> None:
         self._wait()
+        self._held = None
 
 
 class HostStore:
@@ -42,7 +44,7 @@ class HostStore:
 
     def add(self, nbytes: int) -> HostRegion:
         """A new region. Raises OffloadError if the host has no room for it."""
-        region = HostRegion(nbytes, host_bytes(nbytes, self._copier))
+        region = HostRegion(nbytes, host_bytes(nbytes, pinned=self._copier.needs_pinned))
         self.nbytes += nbytes
         return region
 
@@ -81,20 +83,14 @@ class StagedSwap:
 
     def write(self, region: Region, storage: torch.UntypedStorage) -> Copied:
         """Begin to write the storage, which is free when this returns."""
-        staged = host_bytes(region.nbytes, self._copier)
+        staged = host_bytes(region.nbytes, pinned=self._copier.needs_pinned)
         staged.copy_(bytes_of(storage))  # waits: the file's threads know nothing of streams
         transfer = self._swap.write(region, staged.untyped_storage())
-
-        def finish() -> None:
-            nonlocal staged
-            transfer.wait()
-            staged = staged[:0]  # it had to stay until here
-
-        return Copied(finish)
+        return Copied(transfer.wait, held=staged)
 
     def read(self, region: Region, storage: torch.UntypedStorage) -> Copied:
         """Begin to read what was written last; waiting for it fills the storage."""
-        staged = host_bytes(region.nbytes, self._copier)
+        staged = host_bytes(region.nbytes, pinned=self._copier.needs_pinned)
         transfer = self._swap.read(region, staged.untyped_storage())
 
         def finish() -> None:
@@ -118,9 +114,9 @@ def bytes_of(storage: torch.UntypedStorage) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
-def host_bytes(nbytes: int, copier: Copier) -> Tensor:
-    """Host memory, page-locked if `copier` needs it. Raises OffloadError if there is none."""
+def host_bytes(nbytes: int, *, pinned: bool) -> Tensor:
+    """Host memory, page-locked if told. Raises OffloadError if there is none."""
     try:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=copier.needs_pinned)
-    except RuntimeError as error:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
+    except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError where there is no memory
         raise OffloadError(f"the host has no room for {nbytes} bytes that are to be offloaded: {error}") from error

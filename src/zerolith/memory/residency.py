@@ -73,7 +73,7 @@ class Keeper(Protocol[K_contra]):
 
 @dataclass(eq=False)
 class _Held:
-    """One storage of a section, and where it lies in the file."""
+    """One storage of a section, and where it lies in the store."""
 
     storage: torch.UntypedStorage
     region: Any  # of the store
@@ -82,56 +82,56 @@ class _Held:
 class Residency(Generic[K]):
     """Owner of what is elsewhere. Without a store everything is always in memory, and every method does nothing."""
 
-    def __init__(self, swap: Store | None, keeper: Keeper[K]) -> None:
-        self._swap = swap
+    def __init__(self, store: Store | None, keeper: Keeper[K]) -> None:
+        self._store = store
         self._keeper = keeper
         self._held: dict[K, dict[int, _Held]] = {}  # by storage
         self._reads: dict[K, list[Moving]] = {}  # under way
         self._writes: list[tuple[list[_Held], list[Moving]]] = []  # under way, the oldest first
         self._depth: dict[K, int] = {}  # users of what is in memory
-        self._written: set[K] = set()  # in memory; the file has older values
+        self._written: set[K] = set()  # in memory; the store has older values
 
     @property
     def is_swapped(self) -> bool:
-        return self._swap is not None
+        return self._store is not None
 
     @property
     def place(self) -> str:
         """In words, where what is not in memory is."""
-        return self._swap.place if self._swap is not None else ""
+        return self._store.place if self._store is not None else ""
 
     @property
     def nbytes(self) -> int:
-        """Bytes on disk."""
-        return self._swap.nbytes if self._swap is not None else 0
+        """Bytes in the store."""
+        return self._store.nbytes if self._store is not None else 0
 
     def prefetch(self, own: K) -> None:
         """Begin to bring a section's tensors into memory."""
-        if self._swap is None or own not in self._held or own in self._reads or self._depth.get(own):
+        if self._store is None or own not in self._held or own in self._reads or self._depth.get(own):
             return
         self._settle_all(own)
         reads = []
         for held in self._held[own].values():
             held.storage.resize_(held.region.nbytes)
-            reads.append(self._swap.read(held.region, held.storage))
+            reads.append(self._store.read(held.region, held.storage))
         self._reads[own] = reads
 
     @contextmanager
     def readable(self, own: K) -> Iterator[None]:
         """A section's tensors are in memory inside. What is written to them is lost, unless in `resident` around it."""
-        if self._swap is None:
+        if self._store is None:
             yield
             return
         self._enter(own)
         try:
             yield
         finally:
-            if self._swap is not None:  # else it was given up inside
+            if self._store is not None:  # else it was given up inside
                 self._leave(own)
 
     @contextmanager
     def resident(self, own: K) -> Iterator[None]:
-        """A section's tensors are in memory inside, and what was written to them is on disk some time after."""
+        """A section's tensors are in memory inside, and what was written to them is in the store some time after."""
         with self.readable(own):
             try:
                 yield
@@ -148,14 +148,14 @@ class Residency(Generic[K]):
                 held.storage.resize_(0)
 
     def abandon(self) -> None:
-        """Give all tensors memory with undefined content, and the file up: after a failure, to come to an end."""
-        if self._swap is None:
+        """Give all tensors memory with undefined content, and the store up: after a failure, to come to an end."""
+        if self._store is None:
             return
         for _, transfers in self._writes:
             for transfer in transfers:
                 with suppress(OffloadError):
                     transfer.wait()
-        self._swap.close()
+        self._store.close()
         for own, section in self._held.items():
             for held in section.values():
                 held.storage.resize_(held.region.nbytes)
@@ -164,18 +164,18 @@ class Residency(Generic[K]):
         self._held.clear()
         self._reads.clear()
         self._writes.clear()
-        self._swap = None
+        self._store = None
 
     def close(self) -> None:
-        """Bring everything back into memory and let the file go."""
-        if self._swap is None:
+        """Bring everything back into memory and let the store go."""
+        if self._store is None:
             return
         self.settle()
         for own in list(self._held):
             self._enter(own)
         self._held.clear()
-        self._swap.close()
-        self._swap = None
+        self._store.close()
+        self._store = None
 
     def _enter(self, own: K) -> None:
         depth = self._depth.get(own, 0)
@@ -192,11 +192,11 @@ class Residency(Generic[K]):
         self._depth[own] -= 1
         if self._depth[own]:
             return
-        assert self._swap is not None, "who enters without a file does not come here"
+        assert self._store is not None, "who enters without a store does not come here"
         earlier = self._held.get(own, {})
         storages = {storage._cdata: storage for storage in map(Tensor.untyped_storage, self._keeper.kept(own))}
         added = {
-            number: _Held(storage, self._swap.add(storage.nbytes()))
+            number: _Held(storage, self._store.add(storage.nbytes()))
             for number, storage in storages.items()
             if number not in earlier
         }
@@ -205,7 +205,7 @@ class Residency(Generic[K]):
         self._written.discard(own)
         self._held[own] = {number: earlier.get(number) or added[number] for number in storages}
         self._keeper.hide(own)
-        writes = [self._swap.write(held.region, held.storage) for held in changed]
+        writes = [self._store.write(held.region, held.storage) for held in changed]
         for held in known:
             if held not in changed:
                 held.storage.resize_(0)

@@ -6,6 +6,7 @@ such as amsgrad, masters that are not fp32) is stepped by torch's own code.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ Group = Mapping[str, Any]  # a param group's options
 NOT_KNOWN = ("amsgrad", "maximize", "differentiable", "capturable", "foreach", "fused")  # options, unless false or None
 
 
-class OnePass(Optimizer):
+class OnePass(Optimizer, ABC):
     """What the classes below share; each is a torch optimizer, too."""
 
     granularity = "element"
@@ -46,8 +47,9 @@ class OnePass(Optimizer):
             self._step_left(left, done)
         return loss
 
+    @abstractmethod
     def _update(self, param: Tensor, grad: Tensor, group: Group, extra: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """Step one parameter; `extra` are the kernels' keywords that all of them take."""
 
     def _step_left(self, left: list[Tensor], done: list[tuple[Tensor, Tensor]]) -> None:
         for param, _ in done:

@@ -134,7 +134,7 @@ class PartitionedOptimizer:
                     param.grad = None
         for own in gradients:
             if own in self.whole:
-                with own.section.near_to_write():
+                with own.section.near(to_write=True):
                     self.whole[own].put_values(own.section.weights.own())
 
     def kept(self, own: Gradients) -> Iterator[Tensor]:
