@@ -6,18 +6,24 @@ import errno
 import os
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings, strategies as st
+from safetensors.torch import load_file
 
 from plain import config_for, start as start_engine
 from zerolith.checkpoint import Disk, blocks
 from zerolith.checkpoint.blocks import BlockReader, BlockWriter, Span, helpers, start_task
+from zerolith.checkpoint.content import Part
 from zerolith.checkpoint.manifest import checksum
+from zerolith.checkpoint.shard_file import write_shard
 from zerolith.errors import CheckpointError
 from zerolith.memory.pages import ALIGNMENT, page_buffer, set_direct
 
@@ -71,6 +77,37 @@ def test_what_is_put_is_in_the_file_and_hashed(
     assert digests == [
         [checksum(piece[start : start + CHUNK]) for start in range(0, len(piece), CHUNK)] for piece in pieces
     ]
+
+
+class Slow(ThreadPoolExecutor):
+    """Takes its time to begin."""
+
+    def submit(self, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        def begun() -> Any:
+            time.sleep(0.01)
+            return call(*args, **kwargs)
+
+        return super().submit(begun)
+
+
+def test_memory_that_parts_share_is_not_used_again_while_it_is_copied(tmp_path: Path) -> None:
+    """As that through which tensors come from a device, or from a file of weights that rest there."""
+    values = [torch.full((2**17,), float(number)) for number in range(24)]
+    shared = torch.empty(2**17)
+
+    def part(number: int) -> Part:
+        whole = Part.whole(str(number), values[number])
+        return replace(whole, data=whole.data.to("meta"), make=lambda: shared.copy_(values[number]))
+
+    with Slow(1) as hashers, Slow(2) as copiers:
+        for threads in (hashers, copiers, None):
+            path = tmp_path / f"rank-00000-{0:016x}.safetensors"
+            write_shard(Disk(), path, [part(number) for number in range(len(values))], checkpoint="", hashers=threads)
+            read = load_file(path)
+            assert {name: set(tensor.tolist()) for name, tensor in read.items()} == {
+                str(number): {float(number)} for number in range(len(values))
+            }
+            path.unlink()
 
 
 def test_memory_beside_the_data_is_two_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,7 @@ class BlockWriter:
         set_direct(file, True)
 
     def put(self, data: memoryview) -> list[Future[list[str]]]:
-        """Append `data`, which must stay as it is until the futures, of its chunks' checksums in order, are done."""
+        """Append `data`, which must stay as it is until `settle`; the futures are of its chunks' checksums in order."""
         hashed = []
         for start in range(0, len(data), TASK_BYTES):
             some = data[start : start + TASK_BYTES]

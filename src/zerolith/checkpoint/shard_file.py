@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from concurrent.futures import Executor, Future, wait
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from zerolith.checkpoint.blocks import BlockWriter
 from zerolith.checkpoint.content import Part
@@ -119,17 +120,18 @@ def _numel(shape: Sequence[int]) -> int:
 
 def _write_part(writer: BlockWriter, part: Part) -> list[Future[list[str]]]:
     data = part.make() if part.make else part.data
-    if data.device.type == "cpu":
-        tasks = writer.put(bytes_of(data))
-        if part.make:  # the memory is another's when this returns
-            wait(tasks)
-        return tasks
-    per_block = STAGED_BYTES // data.element_size()
-    staging = torch.empty(min(per_block, data.numel()), dtype=data.dtype, pin_memory=True)
+    is_kept = part.make is None and data.device.type == "cpu"
     tasks = []
-    for start in range(0, data.numel(), per_block):
-        block = data[start : start + per_block]
-        staging[: block.numel()].copy_(block)
-        tasks += writer.put(bytes_of(staging[: block.numel()]))
-        wait(tasks)
+    for block in [data] if data.device.type == "cpu" else _staged(data):
+        tasks += writer.put(bytes_of(block))
+        if not is_kept:
+            writer.settle()  # the memory is another's after this
     return tasks
+
+
+def _staged(data: Tensor) -> Iterator[Tensor]:
+    """Copies of a device's tensor, some of it at a time, in host memory that is used again for the next."""
+    per_block = STAGED_BYTES // data.element_size()
+    staging = torch.empty(min(per_block, data.numel()), dtype=data.dtype, pin_memory=data.device.type == "cuda")
+    for block in data.split(per_block):
+        yield staging[: block.numel()].copy_(block)
