@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from harness import run_ranks
 from models import make_gpt, token_batches, whole_weights, zero_config
 from plain import world_size
 from zerolith.checkpoint import Reader
+from zerolith.checkpoint.manifest import read_manifest
 from zerolith.errors import CheckpointDamagedError, CheckpointError, UsageError
 
 DATA = token_batches(6, 8)
@@ -183,6 +185,50 @@ def test_a_damaged_checkpoint_leaves_an_engine_that_refuses_until_it_has_loaded_
     train(fresh)
 
 
+@pytest.mark.parametrize(("stage", "optimizer"), [(0, "AdamW"), (2, "AdamW"), (3, "AdamW"), (3, "Muon")])
+def test_a_rank_that_finds_damage_stops_those_that_wait_for_it(stage: int, optimizer: str, tmp_path: Path) -> None:
+    """Wherever in its file that is: before, among and after the sections whose weights ranks exchange as they come."""
+    options = {"optimizer": {"type": optimizer, "params": {"lr": 1e-2}}}
+
+    def save() -> None:
+        engine = start(stage, **options)
+        train(engine)
+        engine.save_checkpoint(tmp_path, tag="good")
+
+    def body() -> tuple[list[str], dict[str, Tensor]]:
+        engine, texts = start(stage, model=make_gpt(seed=2), **options), []
+        train(engine)
+        for number in range(len(pieces)):
+            with pytest.raises(CheckpointDamagedError) as caught:
+                engine.load_checkpoint(tmp_path, tag=f"bad{number}")
+            texts.append(str(caught.value))
+        engine.load_checkpoint(tmp_path, tag="good")
+        return texts, whole_weights(engine)
+
+    run_ranks(2, save)
+    home = tmp_path / "good"
+    manifest = read_manifest(home)
+    pieces = [
+        (manifest.files[piece.file].name, piece.offset, name)
+        for name, record in manifest.tensors.items()
+        for piece in record.pieces
+        if piece.file == 1
+    ]
+    assert len(pieces) > 20
+    for number, (name, at, _) in enumerate(pieces):
+        shutil.copytree(home, tmp_path / f"bad{number}")
+        flip_at(tmp_path / f"bad{number}" / name, at)
+    (texts, weights), (others, same) = run_ranks(2, body)
+    for text, other, (file, _, name) in zip(texts, others, pieces, strict=True):
+        assert f"/{file}: bytes" in other
+        assert f"of tensor {name!r}" in other
+        assert text in (other, f"loading a checkpoint: rank 1 failed: {other}")  # each may need a chunk of the file
+    assert_equal(same, weights)
+    engine = start(1, **options)
+    engine.load_checkpoint(tmp_path, tag="good")
+    assert_equal(whole_weights(engine), weights)
+
+
 def test_the_one_before_a_damaged_one_is_taken_if_the_config_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -205,8 +251,12 @@ def test_the_one_before_a_damaged_one_is_taken_if_the_config_says_so(
 def flip(home: Path) -> None:
     """One bit in the last data file's middle."""
     path = sorted(home.glob("*.safetensors"))[-1]
+    flip_at(path, path.stat().st_size // 2)
+
+
+def flip_at(path: Path, at: int) -> None:
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 4
+    data[at] ^= 4
     path.write_bytes(bytes(data))
 
 

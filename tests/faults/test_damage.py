@@ -129,9 +129,9 @@ def test_of_a_large_tensor_only_the_damaged_chunk_is_refused(quick_path: Path) -
 # --- engines ----------------------------------------------------------------------------------------
 
 
-def prepare(folder: Path) -> Any:
+def prepare(folder: Path, stage: int = STAGE) -> Any:
     """Two checkpoints, steps 1 and 2, in a rank; returns the engine, at step 2. Collective."""
-    engine = make_engine(STAGE)
+    engine = make_engine(stage)
     for step in (1, 2):
         run_on(engine, to=step)
         engine.save_checkpoint(folder)
@@ -193,9 +193,10 @@ def calls_that_train(engine: Any, folder: Path) -> list[Callable[[], object]]:
     ]
 
 
-def test_a_mixture_is_not_trained_until_something_else_is_loaded(quick_path: Path) -> None:
+@pytest.mark.parametrize("stage", [1, 3])  # at 1 ranks exchange weights while they read
+def test_a_mixture_is_not_trained_until_something_else_is_loaded(stage: int, quick_path: Path) -> None:
     def body() -> list[str]:
-        engine = prepare(quick_path / "good")
+        engine = prepare(quick_path / "good", stage)
         run_on(engine, to=3)
         expected, done = engine_digest(engine), []
         for number, name in enumerate(LATE):

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +23,7 @@ from zerolith.errors import CheckpointDamagedError, CheckpointError
 from zerolith.layout import Range
 from zerolith.memory.pages import set_direct
 
+K = TypeVar("K")
 Progress = Callable[[int], object]  # told of bytes that have been read
 
 
@@ -106,11 +110,30 @@ class Reader:
         Raises CheckpointDamagedError with file, tensor and bytes at the first chunk that is not what was written;
         some of `parts` have new values then. Raises CheckpointError if the disk does not give one.
         """
-        wanted = [(chunk, part) for part in parts for chunk in self._chunks_of(part.name, part.range)]
+        self.fill_groups({None: parts}, lambda group: None)
+
+    def fill_groups(self, groups: Mapping[K, Iterable[Part]], arrived: Callable[[K], object]) -> None:
+        """`fill` several groups of parts; `arrived` is told of each that has its values, while others are being read.
+
+        What it raises ends the reading.
+        """
+        wanted = [
+            (chunk, part, group)
+            for group, parts in groups.items()
+            for part in parts
+            for chunk in self._chunks_of(part.name, part.range)
+        ]
         wanted.sort(key=lambda each: (each[0].piece.file, each[0].offset))
-        data = self._checked([chunk for chunk, _ in wanted])
-        for (chunk, part), held in zip(wanted, data, strict=True):
-            _put(chunk, held, part)
+        missing = Counter(group for _, _, group in wanted)
+        for group in groups:
+            if not missing[group]:
+                arrived(group)
+        with closing(self._checked([chunk for chunk, _, _ in wanted])) as data:
+            for (chunk, part, group), held in zip(wanted, data, strict=True):
+                _put(chunk, held, part)
+                missing[group] -= 1
+                if not missing[group]:
+                    arrived(group)
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         """The elements of `name` in order, flat, some at a time and each checked. The memory is reused.
@@ -135,7 +158,7 @@ class Reader:
                     start = number * chunk_bytes
                     yield _Chunk(name, dtype, piece, number, start, min(nbytes, start + chunk_bytes))
 
-    def _checked(self, chunks: Sequence[_Chunk]) -> Iterator[memoryview]:
+    def _checked(self, chunks: Sequence[_Chunk]) -> Generator[memoryview, None, None]:
         """The bytes of each chunk; the memory is reused."""
         spans = [Span(self._files[each.piece.file], each.offset, each.stop - each.start) for each in chunks]
         data, num_done = self._blocks.read(spans), 0

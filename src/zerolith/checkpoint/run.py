@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,28 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from zerolith.checkpoint.content import Content, Part
+from zerolith.checkpoint.content import Content
+from zerolith.checkpoint.loading import Arrivals, StoppedElsewhere, fill_tensors
 from zerolith.checkpoint.manifest import Manifest, ParameterRecord
 from zerolith.checkpoint.mismatch import UNKNOWN, check_optimizer, check_states, matching_names
 from zerolith.checkpoint.reader import Reader
 from zerolith.checkpoint.rng import rng_state, set_rng_state
 from zerolith.checkpoint.training_state import (
     Sharded,
-    buffer_parts,
     content_of,
-    frozen_sections,
-    gradient_parts,
     groups_of,
-    master_parts,
-    publish_loaded,
-    state_keys,
-    state_parts,
-    weight_parts,
 )
 from zerolith.checkpoint.values import from_json, to_json
 from zerolith.checkpoint.versions import libraries
 from zerolith.comm import Comm, agree
-from zerolith.errors import CheckpointDamagedError, CheckpointError
+from zerolith.errors import CheckpointDamagedError, CheckpointError, DistributedError
 from zerolith.optim import original
 from zerolith.precision import LossScaler
 
@@ -136,54 +128,21 @@ def restore(run: Run, reader: Reader, wants: Wants, names: set[str]) -> None:
 
     names: what `check` has returned. Raises CheckpointError, on every rank; the run is a mixture then.
     """
-    manifest, optimizer = reader.manifest, run.sharded.optimizer
-    takes_states = wants.optimizer and optimizer is not None
-    error: Exception | None = None
+    takes_states = wants.optimizer and run.sharded.optimizer is not None
+    arrivals, error = Arrivals(run.sharded), None
     try:
         with torch.no_grad():
-            buffers, after = buffer_parts(run.sharded, manifest)
-            _fill_frozen(run, reader, names)
-            reader.fill(buffers)
-            for call in after:
-                call()
-            _fill_trained(run, reader, names, takes_states=takes_states)
+            fill_tensors(run.sharded, reader, names, arrivals, takes_states=takes_states)
         _restore_values(run, reader, wants, takes_states=takes_states)
+    except DistributedError:
+        raise  # a rank is gone: there is nobody to agree with
+    except StoppedElsewhere:
+        pass
     except Exception as caught:  # as above
         error = caught
+        arrivals.give_up()
+    arrivals.settle()
     agree_on_checkpoint(run.sharded.model.comm, error, doing="loading a checkpoint")
-    publish_loaded(run.sharded)
-
-
-def _fill_frozen(run: Run, reader: Reader, names: set[str]) -> None:
-    """Weights without masters; a section at a time, if they rest elsewhere."""
-    together: list[Part] = []
-    for section in frozen_sections(run.sharded):
-        if section.is_elsewhere:
-            with section.near(to_write=True):
-                reader.fill(weight_parts(section, names))
-        else:
-            together += weight_parts(section, names)
-    reader.fill(together)
-
-
-def _fill_trained(run: Run, reader: Reader, names: set[str], *, takes_states: bool) -> None:
-    """Masters, states and gradients; a section at a time, if on disk: they are not in memory all at once."""
-    optimizer, keys = run.sharded.optimizer, state_keys(reader.manifest)
-    if optimizer is not None:
-        owns = optimizer.gradients
-        for together in [[own] for own in owns] if optimizer.residency.is_swapped else [owns]:
-            with ExitStack() as resident:
-                parts: list[Part] = []
-                for own in together:
-                    resident.enter_context(optimizer.residency.resident(own))
-                    parts += master_parts(optimizer, own, names)
-                    parts += state_parts(optimizer, own, reader.manifest, keys) if takes_states else []
-                reader.fill(parts)
-    if takes_states:
-        parts, after = gradient_parts(run.sharded, reader.manifest)
-        reader.fill(parts)
-        for call in after:
-            call()
 
 
 def decode_client_state(reader: Reader) -> dict[str, Any]:

@@ -116,11 +116,6 @@ class _Cursor:
         return replace(part, data=data.new_empty(data.shape, device="meta"), make=make)
 
 
-def frozen_sections(sharded: Sharded) -> list[Section]:
-    """Those whose weights have no masters."""
-    return list(dict.fromkeys(section for section, own, _, _ in sharded.slots() if own is None))
-
-
 def weight_parts(section: Section, names: set[str]) -> list[Part]:
     """Where this rank keeps the weights of those of these parameters that are in a section, which is near."""
     members = enumerate(section.members)
@@ -135,15 +130,6 @@ def master_parts(optimizer: PartitionedOptimizer, own: Gradients, names: set[str
         if member.name in names
         for param, inside, part in optimizer.locate(own, index)
     ]
-
-
-def publish_loaded(sharded: Sharded) -> None:
-    """Bring values that were written to the masters to every rank's weights. Collective."""
-    if sharded.optimizer is not None:
-        for own, tensors in sharded.optimizer.whole.items():
-            with own.section.near(to_write=True):
-                tensors.put_values(own.section.weights.own())
-    sharded.model.publish(sharded.model.sections)
 
 
 def state_keys(manifest: Manifest) -> dict[str, list[str]]:
