@@ -17,7 +17,7 @@ MEMORY = Path("/dev/shm")
 SMALL_BLOCK = 700  # bytes
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def _small_blocks() -> Iterator[None]:
     """So that the data files of small models take several writes, as those of large ones do."""
     with pytest.MonkeyPatch.context() as patch:

@@ -145,7 +145,7 @@ class BlockReader:
     """Reads spans of at most `longest` bytes ahead of their use, in threads of `helpers` if there are any."""
 
     def __init__(self, longest: int, helpers: Executor | None) -> None:
-        self._nbytes = max(2 * BLOCK_BYTES, longest) + 2 * ALIGNMENT  # larger reads are faster; writes are not
+        self._nbytes = max(2 * BLOCK_BYTES, longest + 2 * ALIGNMENT)  # larger reads are faster; writes are not
         self._helpers = helpers
         self._buffers = [page_buffer(self._nbytes) for _ in range(READS_AHEAD + 1)]
 
