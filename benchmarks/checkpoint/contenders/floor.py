@@ -22,7 +22,7 @@ def build(job: StoreJob, *, buffer_mib: int, direct: bool) -> Floor:
 
 
 class Floor:
-    """`size` bytes in memory, written in pieces of the buffer's size and read back into one such buffer."""
+    """`size` bytes in memory, written from there and read back to there in pieces of `buffer_bytes`."""
 
     def __init__(self, size: int, rank: int, *, buffer_bytes: int, flags: int) -> None:
         self.size = size
@@ -30,7 +30,6 @@ class Floor:
         self.buffer_bytes = min(buffer_bytes, size)
         self.flags = flags
         self._state = huge_pages(size)
-        self._buffer = huge_pages(self.buffer_bytes)
         self._block = os.urandom(min(BLOCK_BYTES, size))
 
     def state_bytes(self) -> int:
@@ -40,17 +39,16 @@ class Floor:
         for start in range(0, self.size, len(self._block)):
             part = self._state[start : start + len(self._block)]
             part[:] = self._block[: len(part)]
-        self._buffer[:] = bytes(self.buffer_bytes)  # its pages are there before the clock runs
 
     def forget(self) -> None:
-        """Nothing: what is read goes into the buffer."""
+        self._state[:] = bytes(self.size)
 
     def check(self) -> None:
-        """That the buffer holds the end of what was written."""
-        last = self.size - self.size % self.buffer_bytes
-        start = last if last < self.size else last - self.buffer_bytes
-        if self._buffer[: self.size - start] != self._state[start:]:
-            raise ValueError("what was read is not what was written.")
+        """That the state is what `fill` has written."""
+        for start in range(0, self.size, len(self._block)):
+            part = self._state[start : start + len(self._block)]
+            if part != self._block[: len(part)]:
+                raise ValueError("what was read is not what was written.")
 
     def save(self, path: Path) -> None:
         path.mkdir(exist_ok=True)
@@ -72,7 +70,7 @@ class Floor:
         try:
             done = 0
             while done < self.size:
-                done += os.preadv(file, [self._buffer[: self.size - done]], done)
+                done += os.preadv(file, [self._state[done : done + self.buffer_bytes]], done)
         finally:
             os.close(file)
 

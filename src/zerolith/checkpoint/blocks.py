@@ -10,7 +10,7 @@ import ctypes
 import errno
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -149,7 +149,7 @@ class BlockReader:
         self._helpers = helpers
         self._buffers = [page_buffer(self._nbytes) for _ in range(READS_AHEAD + 1)]
 
-    def read(self, spans: Sequence[Span]) -> Generator[memoryview, None, None]:
+    def read(self, spans: Iterable[Span]) -> Generator[memoryview, None, None]:
         """What each span holds, in order; shorter where the file ends. The memory is used again for later spans.
 
         Raises OSError when it comes to the first span of a block that cannot be read.
@@ -174,7 +174,7 @@ class BlockReader:
             wait([task for _, task in ahead])  # nobody may write to the buffers any more
 
 
-def _grouped(spans: Sequence[Span], nbytes: int) -> Iterator[list[Span]]:
+def _grouped(spans: Iterable[Span], nbytes: int) -> Iterator[list[Span]]:
     """Spans whose offsets rise in one file, as many as fit in whole pages of `nbytes`."""
     block: list[Span] = []
     for span in spans:

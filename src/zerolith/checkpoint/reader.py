@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import os
 import stat
-from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,12 +29,27 @@ Progress = Callable[[int], object]  # told of bytes that have been read
 
 
 @dataclass(frozen=True, slots=True)
-class _Chunk:
-    """Bytes [start, stop) of a piece of a tensor, which have a checksum of their own."""
+class _Stretch:
+    """Consecutive chunks of a piece of a tensor; each has a checksum of its own."""
 
     name: str  # of the tensor
     dtype: torch.dtype
     piece: Piece
+    first: int
+    last: int  # not of them any more
+
+    def chunks(self, chunk_bytes: int) -> Iterator[_Chunk]:
+        nbytes = (self.piece.stop - self.piece.start) * self.dtype.itemsize
+        for number in range(self.first, self.last):
+            start = number * chunk_bytes
+            yield _Chunk(self, number, start, min(nbytes, start + chunk_bytes))
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Bytes [start, stop) of a piece."""
+
+    of: _Stretch
     number: int
     start: int
     stop: int
@@ -41,7 +57,7 @@ class _Chunk:
     @property
     def offset(self) -> int:
         """In the file."""
-        return self.piece.offset + self.start
+        return self.of.piece.offset + self.start
 
 
 class Reader:
@@ -118,19 +134,20 @@ class Reader:
         What it raises ends the reading.
         """
         wanted = [
-            (chunk, part, group)
+            (stretch, part, group)
             for group, parts in groups.items()
             for part in parts
-            for chunk in self._chunks_of(part.name, part.range)
+            for stretch in self._stretches(part.name, part.range)
         ]
-        wanted.sort(key=lambda each: (each[0].piece.file, each[0].offset))
+        wanted.sort(key=lambda each: (each[0].piece.file, each[0].piece.offset, each[0].first))
         missing = Counter(group for _, _, group in wanted)
         for group in groups:
             if not missing[group]:
                 arrived(group)
-        with closing(self._checked([chunk for chunk, _, _ in wanted])) as data:
-            for (chunk, part, group), held in zip(wanted, data, strict=True):
-                _put(chunk, held, part)
+        with closing(self._checked(stretch for stretch, _, _ in wanted)) as data:
+            for stretch, part, group in wanted:
+                for chunk, held in islice(data, stretch.last - stretch.first):
+                    _put(chunk, held, part)
                 missing[group] -= 1
                 if not missing[group]:
                     arrived(group)
@@ -141,38 +158,42 @@ class Reader:
         Raises as `fill` does.
         """
         record = self.record(name)
-        for data in self._checked([*self._chunks_of(name, Range(0, math.prod(record.shape)))]):
-            yield torch.frombuffer(data, dtype=DTYPES[record.dtype])
+        for _, held in self._checked(self._stretches(name, Range(0, math.prod(record.shape)))):
+            yield torch.frombuffer(held, dtype=DTYPES[record.dtype])
 
-    def _chunks_of(self, name: str, wanted: Range) -> Iterator[_Chunk]:
+    def _stretches(self, name: str, wanted: Range) -> Iterator[_Stretch]:
         """The chunks that hold elements `wanted` of a tensor."""
         record, chunk_bytes = self.record(name), self.manifest.chunk_bytes
         dtype = DTYPES[record.dtype]
         for piece in sorted(record.pieces, key=lambda piece: piece.start):
-            part = Range(piece.start, piece.stop).clip(wanted)
+            part = Range(piece.start, piece.stop).clip(wanted).shift(-piece.start)
             if part.numel:
-                nbytes = (piece.stop - piece.start) * dtype.itemsize
-                first = (part.start - piece.start) * dtype.itemsize // chunk_bytes
-                last = -(-(part.stop - piece.start) * dtype.itemsize // chunk_bytes)
-                for number in range(first, last):
-                    start = number * chunk_bytes
-                    yield _Chunk(name, dtype, piece, number, start, min(nbytes, start + chunk_bytes))
+                first, last = part.start * dtype.itemsize // chunk_bytes, -(-part.stop * dtype.itemsize // chunk_bytes)
+                yield _Stretch(name, dtype, piece, first, last)
 
-    def _checked(self, chunks: Sequence[_Chunk]) -> Generator[memoryview, None, None]:
-        """The bytes of each chunk; the memory is reused."""
-        spans = [Span(self._files[each.piece.file], each.offset, each.stop - each.start) for each in chunks]
-        data, num_done = self._blocks.read(spans), 0
+    def _checked(self, stretches: Iterable[_Stretch]) -> Generator[tuple[_Chunk, memoryview], None, None]:
+        """Each chunk and its bytes; the memory is reused."""
+        coming: deque[_Chunk] = deque()  # those that are being read, or will be soon
+
+        def spans() -> Iterator[Span]:
+            for stretch in stretches:
+                for chunk in stretch.chunks(self.manifest.chunk_bytes):
+                    coming.append(chunk)
+                    yield Span(self._files[stretch.piece.file], chunk.offset, chunk.stop - chunk.start)
+
+        data = self._blocks.read(spans())
         try:
-            for chunk, held in zip(chunks, data, strict=True):
+            for held in data:
+                chunk = coming[0]
                 if len(held) < chunk.stop - chunk.start:
                     raise self._damage(chunk, "the file ends in it")
-                if checksum(held) != chunk.piece.xxh3[chunk.number]:
+                if checksum(held) != chunk.of.piece.xxh3[chunk.number]:
                     raise self._damage(chunk, "their checksum is wrong")
-                yield held
-                num_done += 1
+                yield chunk, held
+                coming.popleft()
                 self.progress(len(held))
         except OSError as error:
-            raise CheckpointError(f"{self._place(chunks[num_done])} cannot be read ({error.strerror})") from error
+            raise CheckpointError(f"{self._place(coming[0])} cannot be read ({error.strerror})") from error
         finally:
             data.close()
 
@@ -180,9 +201,9 @@ class Reader:
         return CheckpointDamagedError(f"{self._place(chunk)} are not what was saved ({what})")
 
     def _place(self, chunk: _Chunk) -> str:
-        path = self.folder / self.manifest.files[chunk.piece.file].name
+        path = self.folder / self.manifest.files[chunk.of.piece.file].name
         stop = chunk.offset + chunk.stop - chunk.start
-        return f"{path}: bytes {chunk.offset} to {stop} of tensor {chunk.name!r}"
+        return f"{path}: bytes {chunk.offset} to {stop} of tensor {chunk.of.name!r}"
 
     def _open(self, number: int) -> int:
         path = self.folder / self.manifest.files[number].name
@@ -228,8 +249,8 @@ def check_file(file: int, path: Path, manifest: Manifest, number: int) -> None:
 
 def _put(chunk: _Chunk, data: memoryview, part: Part) -> None:
     """Copy those elements of a chunk that `part` takes to their places."""
-    first = chunk.piece.start + chunk.start // chunk.dtype.itemsize  # element of the tensor
-    held = Range(first, first + len(data) // chunk.dtype.itemsize)
-    both = held.clip(part.range)
-    values = torch.frombuffer(data, dtype=chunk.dtype)[both.start - first : both.stop - first]
+    piece, dtype = chunk.of.piece, chunk.of.dtype
+    first = piece.start + chunk.start // dtype.itemsize  # element of the tensor
+    both = Range(first, first + len(data) // dtype.itemsize).clip(part.range)
+    values = torch.frombuffer(data, dtype=dtype)[both.start - first : both.stop - first]
     part.data[both.start - part.range.start : both.stop - part.range.start].copy_(values)
