@@ -39,8 +39,8 @@ from zerolith.zero import (
 DATA = token_batches(5, 8)
 
 
-def config_for(stage: int, device: str, folder: Path, **more: Any) -> dict[str, Any]:
-    offload = {"device": device, **({"nvme_path": str(folder)} if device == "nvme" else {})}
+def config_for(stage: int, device: str, folder: Path, *, ratio: float = 1.0, **more: Any) -> dict[str, Any]:
+    offload = {"device": device, "ratio": ratio, **({"nvme_path": str(folder)} if device == "nvme" else {})}
     micro = 8 // world_size() // 2
     zero = {"offload_optimizer": offload, "reduce_bucket_size": 4000}
     config = {"train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": 2, "gradient_clipping": 0.5}
@@ -78,6 +78,66 @@ def test_where_states_rest_changes_no_bit(stage: int, precision: str, tmp_path: 
 def test_four_ranks(tmp_path: Path) -> None:
     plain, disk = (run_ranks(4, lambda d=device: trained(3, d, tmp_path)) for device in ("none", "nvme"))
     assert_same(disk, plain)
+
+
+# --- a share of them ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.8])
+@pytest.mark.parametrize(("stage", "precision"), [(1, "bf16"), (3, "fp32"), (3, "fp16")])
+def test_which_share_of_the_states_is_on_disk_changes_no_bit(
+    stage: int, precision: str, ratio: float, tmp_path: Path
+) -> None:
+    plain, disk = (
+        run_ranks(2, lambda d=device: trained(stage, d, tmp_path, ratio=ratio, **PRECISIONS[precision]))
+        for device in ("none", "nvme")
+    )
+    assert_same(disk, plain)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 0.9])
+def test_the_first_units_states_stay_in_memory(ratio: float, tmp_path: Path) -> None:
+    whole, engine = (start(3, "nvme", tmp_path, ratio=share, bf16={"enabled": True}) for share in (1.0, ratio))
+    sections = [section for section in engine._sharded.sections if section.trained]
+    numel = {section: sum(member.param.numel() for member in section.members) for section in sections}
+    offloaded = sum(count for section, count in numel.items() if section.is_offloaded)
+    assert ratio * sum(numel.values()) <= offloaded <= ratio * sum(numel.values()) + max(numel.values())
+    stays = [section.is_offloaded for section in sections].index(True) if ratio else len(sections)
+    assert not any(section.is_offloaded for section in sections[:stays])
+    assert ratio > 0.5 or stays > 1
+    for each in (whole, engine):
+        train_on(each, DATA[:1])
+        each._partitioned.residency.settle()
+    gone = [section for section in sections if not section.main.data.untyped_storage().nbytes()]
+    assert all(section.is_offloaded for section in gone)
+    assert len(gone) >= sum(section.is_offloaded for section in sections) - 1, "but for the one that is read ahead"
+    assert engine._partitioned.residency.nbytes <= whole._partitioned.residency.nbytes
+    if ratio:
+        assert f" {offloaded / sum(numel.values()):.0%} of masters and states on disk" in str(engine.summary())
+    for each in (whole, engine):
+        each.destroy()
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "Muon"])
+def test_access_checkpoints_integrity_and_lending_with_a_share_on_disk(optimizer: str, tmp_path: Path) -> None:
+    options = {"optimizer": {"type": optimizer, "params": {"lr": 1e-2}}, "bf16": {"enabled": True}}
+
+    def body(device: str, ratio: float, loaded: float) -> Any:
+        engine = start(2, device, tmp_path / "swap", ratio=ratio, integrity_interval=1, **options)
+        train_on(engine, DATA[:2])
+        for param in engine.module.parameters():
+            safe_set_full_fp32_param(param, safe_get_full_fp32_param(param) * 1.5)
+        engine.offload_states()
+        engine.reload_states()
+        engine.save_checkpoint(tmp_path / f"{device}-{ratio}")
+        engine.destroy()
+        engine = start(2, device, tmp_path / "swap", ratio=loaded, **options)
+        engine.load_checkpoint(tmp_path / f"{device}-{ratio}")
+        return train_on(engine, DATA[2:]), whole_masters(engine)
+
+    plain = run_ranks(2, body, "none", 1.0, 1.0)
+    for ratio, loaded in ((0.5, 0.5), (0.5, 1.0), (1.0, 0.3)):
+        assert_same(run_ranks(2, body, "nvme", ratio, loaded), plain)
 
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {

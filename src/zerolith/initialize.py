@@ -297,6 +297,7 @@ def _assemble(inputs: _Inputs) -> Engine:
             precision=precision,
             comm=comm,
             master_device=inputs.placement.master_device,
+            offloaded_share=zero.offload_optimizer.ratio,
             residency=weights_in(inputs.placement.weights),
         ),
         WrapPolicy(

@@ -109,21 +109,21 @@ class Integrity:
     def _at_rest(self) -> Iterator[tuple[str, Tensor]]:
         """What this rank's host memory keeps from step to step."""
         optimizer = self._sharded.optimizer
-        is_swapped = optimizer is not None and optimizer.residency.is_swapped  # then the file has checksums of its own
+        owns = optimizer.here() if optimizer is not None else []  # the file of the others has checksums of its own
+        here = {own.section for own in owns}
         for section in self._sharded.model.sections:
             if section.weights.data.device.type != "cpu":
                 continue
             if section.is_sharded and not section.is_elsewhere:  # else every rank has them, and replicas are compared
                 yield f"weights of {section.name}", section.weights.data
-            if is_swapped:
+            if section not in here:
                 continue
             if section.main is not None and section.main.data.data_ptr() != section.weights.data.data_ptr():
                 yield f"master of {section.name}", section.main.data
             for index, master in section.masters.items():
                 yield f"master of {section.members[index].name}", master
-        if optimizer is None or is_swapped:
-            return
-        for own in optimizer.gradients:
+        for own in owns:
+            assert optimizer is not None, "else there is nothing to step"
             for number, piece in enumerate(optimizer.pieces[own]):
                 for key, value in optimizer.inner.state.get(piece.param, {}).items():
                     if isinstance(value, Tensor) and value.device.type == "cpu":

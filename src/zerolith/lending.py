@@ -87,17 +87,14 @@ class Lending(Checkpoints):
 
     def _states(self, names: Set[str]) -> Iterator[Tensor]:
         sharded, optimizer = self._sharded, self._partitioned
-        if optimizer is not None and optimizer.residency.is_swapped:
-            names = names - {OPTIMIZER, MASTERS}
-        if sharded.residency.is_swapped:
-            names = names - {WEIGHTS}
+        here = {own.section for own in optimizer.here()} if optimizer is not None else set()
         for section in sharded.sections:
             masters = [*section.masters.values()]
             if section.main is not None and not section.main.shares_memory_with(section.weights):
                 masters.append(section.main.data)
-            if MASTERS in names:
+            if MASTERS in names and section in here:
                 yield from (tensor for tensor in masters if tensor.device == self.device)
-            if WEIGHTS in names:
+            if WEIGHTS in names and not section.is_elsewhere:
                 yield section.weights.data
         if optimizer is not None and OPTIMIZER in names:
             for state in optimizer.inner.state.values():

@@ -78,7 +78,7 @@ class _Weights:
 
 def weights_in(store: Store | None) -> Residency[Section]:
     """Shards of weights that rest in `store`, or in their own memory without one."""
-    return Residency(store, _Weights())
+    return Residency(store, _Weights(), goes=lambda section: section.is_sharded)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +88,8 @@ class Plan:
     partitioning: Partitioning
     precision: Precision
     comm: Comm
-    master_device: torch.device | None = None  # where masters rest and are stepped; None: where the weights are
+    master_device: torch.device | None = None  # where offloaded masters are stepped; None: where the weights are
+    offloaded_share: float = 1.0  # of the trained elements
     residency: Residency[Section] = field(default_factory=lambda: weights_in(None))  # of shards of weights
 
 
@@ -103,8 +104,10 @@ class Section:
         name: str,
         touch: Touch,
         owners: Sequence[int] = (),
+        is_offloaded: bool = True,
     ) -> None:
         self.name = name
+        self.is_offloaded = is_offloaded  # whether masters and optimizer states rest where the plan says, else here
         self.members = list(members)
         self.plan = plan
         self.granularity = members[0].granularity
@@ -158,19 +161,16 @@ class Section:
     @property
     def is_elsewhere(self) -> bool:
         """Whether the weights are in memory only while someone is `near`."""
-        return self.plan.residency.is_swapped and self.is_sharded
+        return self.plan.residency.swaps(self)
 
     def near(self, *, to_write: bool = False) -> AbstractContextManager[None]:
         """Inside, weights at rest may be read, and written if told."""
-        if not self.is_elsewhere:
-            return nullcontext()
         residency = self.plan.residency
         return residency.resident(self) if to_write else residency.readable(self)
 
     def read_ahead(self) -> None:
         """Begin to bring weights near that rest elsewhere."""
-        if self.is_elsewhere:
-            self.plan.residency.prefetch(self)
+        self.plan.residency.prefetch(self)
 
     def start_gather(self) -> Pending:
         """Begin to fill `whole` from the shards. Collective."""
@@ -320,17 +320,19 @@ class Section:
         if not self.trained or (self.granularity is Granularity.TENSOR and optim is SHARD):
             return None  # frozen; or the owners of whole tensors hold the master
         dtype = self.plan.precision.master_dtype(packed.data.dtype)
-        is_here = self.plan.master_device in (None, self.weights.data.device) and not self.is_elsewhere
+        device = self.plan.master_device if self.is_offloaded else None
+        is_here = device in (None, self.weights.data.device) and not self.is_elsewhere
         if dtype == self.weights.data.dtype and is_here:
             return self.weights.own() if optim is SHARD else self.weights
-        return packed.copy(optim, dtype, device=self.plan.master_device)
+        return packed.copy(optim, dtype, device=device)
 
     def _make_masters(self, packed: FlatBuffer) -> dict[int, Tensor]:
         if self.main is not None or not self.trained:
             return {}
         dtype = self.plan.precision.master_dtype(packed.data.dtype)
+        device = self.plan.master_device if self.is_offloaded else None
         mine = [index for index, owner in enumerate(self.owners) if owner == packed.rank]
-        return {index: packed.slot(index).to(self.plan.master_device, dtype, copy=True) for index in mine}
+        return {index: packed.slot(index).to(device, dtype, copy=True) for index in mine}
 
     def _make_grads(self) -> FlatBuffer | None:
         if not self.trained:

@@ -52,6 +52,8 @@ class ShardedModel:
         self.comm: Comm = plan.comm
         self.residency = plan.residency
         self._loads = [0.0] * plan.comm.size  # of the owners of whole tensors
+        trained = sum(member.param.numel() for member in members if member.trained)
+        self._room = (1 - plan.offloaded_share) * trained  # for elements whose masters and states stay here
         plans = plan_units(model, members, policy)
         self.units = [self._make_unit(unit_plan, policy, is_root=unit_plan is plans[0]) for unit_plan in plans]
         self._places = {  # of parameters and their stand-ins, by id: their sections keep them alive
@@ -165,10 +167,18 @@ class ShardedModel:
                 name=f"{plan.name}[{number}]",
                 touch=touch,
                 owners=assign_owners([member.param.shape for member in members], self._loads),
+                is_offloaded=not self._takes_room(members),
             )
             section.keeps_memory = is_root
             sections.append(section)
         return Unit(plan.name, sections, stays=is_root)
+
+    def _takes_room(self, members: Sequence[Member]) -> bool:
+        """Whether masters and states of a section stay here. Those of the first units do: forward needs them first."""
+        numel = sum(member.param.numel() for member in members if member.trained)
+        stays = numel <= self._room
+        self._room -= numel if stays else 0
+        return stays
 
     def _toucher(self) -> Touch:
         """What a stand-in asks for the whole parameter."""

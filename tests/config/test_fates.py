@@ -82,7 +82,6 @@ REFUSED = [
     ("bf16.immediate_grad_update", True),
     ("bf16.bf16_optimizer_states", True),
     ("data_types.param_dtype", "bf16"),
-    ("zero_optimization.offload_optimizer.ratio", 0.5),
     ("zero_optimization.cpu_offload_param", True),
     ("zero_optimization.cpu_offload", True),
     ("zero_optimization.zenflow", {"topk_ratio": 0.1}),

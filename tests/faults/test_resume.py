@@ -97,7 +97,7 @@ def test_every_run_resumes_on_any_number_of_ranks_at_any_stage(
 def test_in_reproducible_mode_every_run_goes_on_to_the_same_bits(
     stage: int, world: int, reproducible: Digests, shared_path: Path
 ) -> None:
-    runs = [((stage + shift) % 4, (world + shift) % 4 + 1) for shift in range(4)]  # 64 of the 256 pairs in all
+    runs = [*reproducible]
     for ended in run_job(world, load, shared_path / "reproducible", runs, runs, stage, True):
         assert ended.status == 0, ended
-        assert ended.result == {run: reproducible[run] for run in runs}
+        assert ended.result == reproducible

@@ -92,7 +92,7 @@ class _Cursor:
         self._here: tuple[Gradients, ExitStack] | None = None
 
     def go(self, own: Gradients) -> None:
-        if self._residency is None or not self._residency.is_swapped or (self._here and self._here[0] is own):
+        if self._residency is None or not self._residency.swaps(own) or (self._here and self._here[0] is own):
             return
         self.close()
         self._here = own, ExitStack()
@@ -105,7 +105,7 @@ class _Cursor:
 
     def part(self, own: Gradients, part: Part) -> Part:
         """`part` of a section that is resident now, to be read when it is written if the section is on disk then."""
-        if self._residency is None or not self._residency.is_swapped:
+        if self._residency is None or not self._residency.swaps(own):
             return part
         data = part.data
 

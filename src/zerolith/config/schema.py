@@ -42,6 +42,7 @@ Count = Annotated[int, Field(gt=0, le=MAX_INT)]
 CountOrZero = Annotated[int, Field(ge=0, le=MAX_INT)]
 Elements = Annotated[CountOrZero, BeforeValidator(_integral)]
 SomeElements = Annotated[Count, BeforeValidator(_integral)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Stage = Annotated[int, Field(ge=0, le=3)]  # a Literal would take True for 1
 StepsOrNever = Annotated[Count | None, BeforeValidator(_infinite_is_never)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]  # JSON has lists where we keep tuples
@@ -125,6 +126,7 @@ class OffloadOptimizer(Section):
         "none", "none: on the device; cpu: in host memory, stepped there; nvme: in a file, stepped in host memory."
     )
     nvme_path: str | None = key(None, "Folder on a fast disk of each host, for device nvme.")
+    ratio: Share = key(1.0, "Share of masters and states that is offloaded; those of the model's first units stay.")
 
 
 class OffloadParam(Section):

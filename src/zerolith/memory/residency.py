@@ -6,7 +6,7 @@ nobody who holds one must be told; but it must not be read outside `resident()`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -80,11 +80,15 @@ class _Held:
 
 
 class Residency(Generic[K]):
-    """Owner of what is elsewhere. Without a store everything is always in memory, and every method does nothing."""
+    """Owner of what is elsewhere: the tensors of those sections for which `goes` is true.
 
-    def __init__(self, store: Store | None, keeper: Keeper[K]) -> None:
+    The others are always in memory, and so is everything without a store; the methods do nothing for them.
+    """
+
+    def __init__(self, store: Store | None, keeper: Keeper[K], *, goes: Callable[[K], bool] = lambda own: True) -> None:
         self._store = store
         self._keeper = keeper
+        self._goes = goes
         self._held: dict[K, dict[int, _Held]] = {}  # by storage
         self._reads: dict[K, list[Moving]] = {}  # under way
         self._writes: list[tuple[list[_Held], list[Moving]]] = []  # under way, the oldest first
@@ -93,7 +97,12 @@ class Residency(Generic[K]):
 
     @property
     def is_swapped(self) -> bool:
+        """Whether anything may be elsewhere."""
         return self._store is not None
+
+    def swaps(self, own: K) -> bool:
+        """Whether a section's tensors are elsewhere while nobody uses them."""
+        return self._store is not None and self._goes(own)
 
     @property
     def place(self) -> str:
@@ -119,7 +128,7 @@ class Residency(Generic[K]):
     @contextmanager
     def readable(self, own: K) -> Iterator[None]:
         """A section's tensors are in memory inside. What is written to them is lost, unless in `resident` around it."""
-        if self._store is None:
+        if not self.swaps(own):
             yield
             return
         self._enter(own)
@@ -136,7 +145,8 @@ class Residency(Generic[K]):
             try:
                 yield
             finally:
-                self._written.add(own)
+                if self.swaps(own):
+                    self._written.add(own)
 
     def settle(self, *, but: int = 0) -> None:
         """Wait for writes, all but the newest `but` sections' of them, and give their memory back."""

@@ -50,10 +50,21 @@ def summarize(sharded: ShardedModel, optimizer: PartitionedOptimizer | None, *, 
 def _offloaded(sharded: ShardedModel, optimizer: PartitionedOptimizer | None) -> str:
     where = ""
     if optimizer is not None and optimizer.residency.is_swapped:
-        where = ", masters and states on disk"
+        where = f", {_share(sharded)}masters and states on disk"
     elif sharded.plan.master_device is not None:
-        where = ", masters and states in host memory"
+        where = f", {_share(sharded)}masters and states in host memory"
     return where + (f", weights {sharded.residency.place}" if sharded.residency.is_swapped else "")
+
+
+def _share(sharded: ShardedModel) -> str:
+    """How many of the masters are offloaded, unless all are."""
+    numels = {
+        section: sum(member.param.numel() for member in section.members)
+        for section in sharded.sections
+        if section.trained
+    }
+    offloaded = sum(numel for section, numel in numels.items() if section.is_offloaded)
+    return "" if offloaded == sum(numels.values()) else f"{offloaded / sum(numels.values()):.0%} of "
 
 
 def _bytes_at_rest(sharded: ShardedModel, kind: str) -> dict[str, int]:

@@ -62,9 +62,9 @@ class PartitionedOptimizer:
         given = {id(param): state for param, state in inner.state.items()}
         inner.state.clear()
         self._carry_over(given)
-        self._hand_over(self.gradients)
         self._hidden: dict[nn.Parameter, State] = {}  # states of pieces that are on disk
-        self.residency = Residency(swap, self)
+        self.residency = Residency(swap, self, goes=lambda own: own.section.is_offloaded)
+        self._hand_over(*self.gradients)
         for own in self.gradients:
             own.section.resident = partial(self.residency.resident, own)
             with self.residency.resident(own):
@@ -89,29 +89,39 @@ class PartitionedOptimizer:
         else:
             for own in self.gradients:
                 own.scale(grad_factor)
-        for own, flags in zip(self.gradients, used, strict=True):
+        flags_of = dict(zip(self.gradients, used, strict=True))
+        for own, flags in flags_of.items():
             if self._mixes_use(own, flags):
                 with self.residency.resident(own):
                     self.pieces[own] = [part for piece in self.pieces[own] for part in self._by_use(piece, flags)]
-                    self._hand_over([own] if self.residency.is_swapped else self.gradients)
-        if not self.residency.is_swapped:
-            self._step_together(self.gradients, used)
-            publish([own.section for own in self.gradients])
-            return
+                    self._hand_over(own)
+        swapped = [own for own in self.gradients if self.residency.swaps(own)]
+        here = self.here()
+        if here:
+            self._step_together({own: flags_of[own] for own in here})
+            publish([own.section for own in here])
+        if swapped:
+            self._step_in_turn({own: flags_of[own] for own in swapped}, publish)
+
+    def _step_in_turn(
+        self, used: Mapping[Gradients, Sequence[bool]], publish: Callable[[Sequence[Section]], None]
+    ) -> None:
+        """A section at a time, as they come into memory."""
         error: Exception | None = None
-        for number, (own, flags) in enumerate(zip(self.gradients, used, strict=True)):
+        following = [*used][1:] + [*used][:1]
+        for (own, flags), after in zip(used.items(), following, strict=True):
             is_stepped = False
             try:
                 with self.residency.resident(own):
-                    self.residency.prefetch(self.gradients[(number + 1) % len(self.gradients)])
-                    self._step_together([own], [flags])
+                    self.residency.prefetch(after)
+                    self._step_together({own: flags})
                     publish([own.section])
                     is_stepped = True
             except OffloadError as caught:
                 error = caught
                 self.residency.abandon()
                 if not is_stepped:  # the other ranks wait for this one's part, whatever is in it
-                    self._step_together([own], [flags])
+                    self._step_together({own: flags})
                     publish([own.section])
         try:
             agree(self.comm, error, doing="stepping from disk", kind=OffloadError)
@@ -119,20 +129,24 @@ class PartitionedOptimizer:
             self.residency.abandon()  # on every rank, so that all of them step alike if they load and go on
             raise
 
-    def _step_together(self, gradients: Sequence[Gradients], used: Sequence[Sequence[bool]]) -> None:
-        for own, flags in zip(gradients, used, strict=True):
+    def here(self) -> list[Gradients]:
+        """Sections that are always in memory."""
+        return [own for own in self.gradients if not self.residency.swaps(own)]
+
+    def _step_together(self, used: Mapping[Gradients, Sequence[bool]]) -> None:
+        for own, flags in used.items():
             self._set_grads(own, flags)
         self.is_stepping = True
         try:
             if isinstance(self.inner, OnePass):
-                self.inner.outs = dict(chain.from_iterable(map(self._casts, gradients)))
+                self.inner.outs = dict(chain.from_iterable(map(self._casts, used)))
             self.inner.step()
         finally:
             self.is_stepping = False
             for group in self.inner.param_groups:
                 for param in group["params"]:
                     param.grad = None
-        for own in gradients:
+        for own in used:
             if own in self.whole:
                 with own.section.near(to_write=True):
                     self.whole[own].put_values(own.section.weights.own())
@@ -190,7 +204,7 @@ class PartitionedOptimizer:
             for piece in self._cut(own)
             for _, run in merge_runs((kinds[index], slots[index].padded.clip(piece.range)) for index in piece.slots())
         ]
-        self._hand_over([own] if self.residency.is_swapped else self.gradients)
+        self._hand_over(own)
         return before
 
     def let_go(self) -> None:
@@ -273,11 +287,11 @@ class PartitionedOptimizer:
                 "initialize sharded them; add groups before it"
             )
 
-    def _hand_over(self, gradients: Sequence[Gradients]) -> None:
-        """Let the optimizer step the pieces of these sections, and nothing else."""
+    def _hand_over(self, *used: Gradients) -> None:
+        """Let the optimizer step the pieces of the sections in memory: those always there, and `used`."""
         for group in self.inner.param_groups:
             group["params"] = []
-        for own in gradients:
+        for own in dict.fromkeys([*self.here(), *used]):
             for piece in self.pieces[own]:
                 self.inner.param_groups[piece.group]["params"].append(piece.param)
 
