@@ -19,7 +19,12 @@ from zerolith.errors import OffloadError, UsageError
 from zerolith.lending import KINDS
 from zerolith.memory.away import Away
 from zerolith.memory.host_store import host_bytes
-from zerolith.zero import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from zerolith.zero import (
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+    safe_set_full_grad,
+)
 
 DATA = token_batches(4, 8)
 
@@ -150,6 +155,22 @@ def test_what_is_away_is_not_touched(stage: int, tmp_path: Path) -> None:
     engine.reload_states()  # nothing is away
     with torch.no_grad():
         assert torch.equal(engine(DATA[0, :4]), expected)
+    engine.destroy()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradients_that_are_away_are_not_taken_for_zeros(stage: int) -> None:
+    engine = start(stage, gradient_accumulation_steps=1)
+    backward(engine, DATA[0, :4])
+    weight = engine.module.embed.weight
+    before = safe_get_full_grad(weight)
+    engine.offload_states(["lp_grads"])
+    for call in (lambda: safe_get_full_grad(weight), lambda: safe_set_full_grad(weight, before)):
+        with pytest.raises(UsageError, match=r"offloaded; call engine\.reload_states"):
+            call()
+    engine.reload_states()
+    assert_same(safe_get_full_grad(weight), before)
+    assert before.abs().max() > 0
     engine.destroy()
 
 

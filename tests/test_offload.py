@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import threading
@@ -28,6 +29,7 @@ from models import (
 from plain import world_size
 from zerolith.errors import ConfigError, OffloadError, UsageError
 from zerolith.memory import SwapFile, resident_bytes
+from zerolith.memory.residency import wait_for_all
 from zerolith.zero import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -275,6 +277,35 @@ def test_nothing_is_kept_over_many_steps(device: str, tmp_path: Path) -> None:
     run_ranks(1, body)  # of its own: other tests leave things for the garbage collector
 
 
+# --- memory ---
+
+
+class Late:
+    """A transfer that fails or not, and knows whether it has been waited for."""
+
+    def __init__(self, error: OffloadError | None) -> None:
+        self.error, self.is_done = error, False
+
+    def wait(self) -> None:
+        self.is_done = True
+        if self.error is not None:
+            raise self.error
+
+
+def test_a_failed_transfer_leaves_no_other_under_way() -> None:
+    transfers = [Late(None), Late(OffloadError("first")), Late(OffloadError("second")), Late(None)]
+    with pytest.raises(OffloadError, match="first"):
+        wait_for_all(transfers)
+    assert all(each.is_done for each in transfers)
+
+
+def test_memory_that_is_there_is_not_moved() -> None:
+    buffer = start(1, "none", Path())._sharded.sections[0].whole
+    address = buffer.data.data_ptr()
+    buffer.allocate()
+    assert buffer.data.data_ptr() == address
+
+
 # --- faults -------------------------------------------------------------------------------------
 
 
@@ -333,7 +364,7 @@ def test_a_full_disk_is_found_before_training(tmp_path: Path, monkeypatch: pytes
         ({"stage": 0, "offload_optimizer": {"device": "cpu"}}, "choose stage 1, 2 or 3"),
         ({"stage": 1, "offload_optimizer": {"device": "nvme"}}, "needs a folder"),
         ({"stage": 1, "offload_optimizer": {"device": "disk"}}, "device"),
-        ({"stage": 1, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "ratio"),
+        ({"stage": 1, "offload_optimizer": {"device": "cpu", "ratio": 1.5}}, "ratio"),
     ],
     ids=["stage 0", "no folder", "unknown", "ratio"],
 )
@@ -351,6 +382,35 @@ def test_a_folder_that_cannot_be_made_stops_all_ranks(tmp_path: Path) -> None:
             start(1, "nvme", tmp_path / "file" / "swap")
 
     run_ranks(2, body)
+
+
+def test_a_disk_that_is_full_when_states_are_made_leaves_an_optimizer_that_steps_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is loaded then: also weights alone, which leave its lists of tensors as they are."""
+    engine = start(2, "none", tmp_path)
+    train_on(engine, DATA[:1])
+    engine.save_checkpoint(tmp_path / "saved")
+    plain, disk = (start(2, device, tmp_path) for device in ("none", "nvme"))
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(OffloadError, match="No space left"):
+            train_on(disk, DATA[:1])
+    disk.reset()
+    for each in (plain, disk):
+        each.load_checkpoint(tmp_path / "saved", load_optimizer_states=False)
+    pieces = [id(param) for group in disk.optimizer.param_groups for param in group["params"]]
+    assert len(pieces) == len(set(pieces))
+    for own in disk._partitioned.gradients:
+        for piece in disk._partitioned.pieces[own]:
+            disk.optimizer.state.pop(piece.param, None)
+    assert_same(train_on(disk, DATA[1:3]), train_on(plain, DATA[1:3]))
+    for each in (engine, plain, disk):
+        each.destroy()
 
 
 # --- the file -----------------------------------------------------------------------------------

@@ -73,7 +73,8 @@ class FlatBuffer:
 
     def allocate(self) -> None:
         """Give `data` storage again after `release`; every view of it is back, with undefined content."""
-        self.data.untyped_storage().resize_(self.data.nbytes)
+        if not self.is_allocated:  # to be resized would move it, and copy what is there
+            self.data.untyped_storage().resize_(self.data.nbytes)
 
     def release(self) -> None:
         """Free the storage of `data` but keep every view of it alive, those that autograd saved too."""

@@ -27,7 +27,6 @@ from zerolith.checkpoint import (
     check,
     check_tag,
     collect,
-    decode_client_state,
     find,
     restore,
     save_weights,
@@ -268,9 +267,8 @@ class Checkpoints(Batches):
             self._sharded.reset()
             self._micro.drop()
             self._mixture = f"loading {home} failed half-way"
-            restore(run, reader, wants, names)
+            client_state = restore(run, reader, wants, names)
             self._mixture = ""
-            client_state = decode_client_state(reader)
         if wants.progress:
             self._resume_counters(counters, has_gradients=wants.optimizer and self._partitioned is not None)
         if self.optimizer is not None:

@@ -27,7 +27,7 @@ from zerolith.partitioning import PARTIAL, REPLICATE, SHARD, Partitioning
 from zerolith.precision import Precision
 from zerolith.redistribute import Then, redistribute
 from zerolith.schedule import Sequencer
-from zerolith.section import Section
+from zerolith.section import Section, refuse_away
 
 
 class Term:
@@ -93,10 +93,13 @@ class Gradients:
         self.gathered = partitioning.optim is SHARD  # `sum` is in the optim placement
         self._buffer = section.grads  # without memory until it is needed
         self._lender: Term | None = None  # holds `sum` instead of `_buffer`
+        self.is_away = False  # lent: without memory, and not to be touched
 
     @property
     def sum(self) -> FlatBuffer:
         """The sum over ranks and micro-batches since the last step, in the optim placement at the boundary."""
+        if self.is_away:
+            refuse_away()
         if self._lender is not None:
             return self._lender.buffer.own()
         if not self._buffer.is_allocated:

@@ -51,9 +51,12 @@ class Lending(Checkpoints):
         self._away = Away(names, pinned=pin_memory and self.device.type == "cuda")
         error: Exception | None = None
         try:
+            tensors = [*self._states(names)]
             for section in sharded.sections:
                 section.put_away(weights=WEIGHTS in names)
-            self._away.send(self._states(names))
+            for own in sharded.gradients:
+                own.is_away = not names.isdisjoint(GRADIENTS)
+            self._away.send(tensors)
         except OffloadError as caught:
             error = caught
         try:
@@ -83,6 +86,8 @@ class Lending(Checkpoints):
             self._away.bring_back()
             for section in self._sharded.sections:
                 section.take_back()
+            for own in self._sharded.gradients:
+                own.is_away = False
             self._away = None
 
     def _states(self, names: Set[str]) -> Iterator[Tensor]:
@@ -99,7 +104,7 @@ class Lending(Checkpoints):
         if optimizer is not None and OPTIMIZER in names:
             for state in optimizer.inner.state.values():
                 yield from (value for value in state.values() if self._is_here(value))
-        if any(kind in names for kind in GRADIENTS):
+        if not names.isdisjoint(GRADIENTS):
             for own in sharded.gradients:
                 yield from own.held()
 

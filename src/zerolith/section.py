@@ -175,7 +175,7 @@ class Section:
     def start_gather(self) -> Pending:
         """Begin to fill `whole` from the shards. Collective."""
         if self.is_away:
-            _refuse_away()
+            refuse_away()
         self.whole.allocate()
         with ExitStack() as here:
             here.enter_context(self.near())
@@ -232,7 +232,7 @@ class Section:
 
     def put_away(self, *, weights: bool) -> None:
         """Masters, and `weights` too if told, are about to lose their memory: refuse to touch them."""
-        self._before_away, self.resident = self.resident, _refuse_away
+        self._before_away, self.resident = self.resident, refuse_away
         self.is_away = weights
         if weights and self.is_sharded:
             self.whole.release()
@@ -368,8 +368,8 @@ def absent(view: Tensor) -> Tensor:
     return torch.full((), value, dtype=view.dtype, device=view.device).expand(view.shape)
 
 
-def _refuse_away() -> NoReturn:
-    raise UsageError("weights or masters are offloaded; call engine.reload_states() before")
+def refuse_away() -> NoReturn:
+    raise UsageError("states are offloaded; call engine.reload_states() before")
 
 
 def _follow(master: Tensor, weights: Tensor) -> None:

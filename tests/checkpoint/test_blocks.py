@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import tempfile
 import threading
@@ -20,12 +21,13 @@ from safetensors.torch import load_file
 
 from plain import config_for, start as start_engine
 from zerolith.checkpoint import Disk, blocks
-from zerolith.checkpoint.blocks import BlockReader, BlockWriter, Span, helpers, start_task
+from zerolith.checkpoint.blocks import BlockReader, BlockWriter, Span
 from zerolith.checkpoint.content import Part
 from zerolith.checkpoint.manifest import checksum
 from zerolith.checkpoint.shard_file import write_shard
 from zerolith.errors import CheckpointError
 from zerolith.memory.pages import ALIGNMENT, page_buffer, set_direct
+from zerolith.memory.threads import helpers, start_task
 
 CHUNK = 1000
 
@@ -108,6 +110,21 @@ def test_memory_that_parts_share_is_not_used_again_while_it_is_copied(tmp_path: 
                 str(number): {float(number)} for number in range(len(values))
             }
             path.unlink()
+
+
+def test_a_copy_that_fails_is_not_taken_for_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scarce(*_: Any) -> None:
+        raise MemoryError("none left")
+
+    file = Disk().create(tmp_path / "file")
+    with ThreadPoolExecutor(1) as threads:
+        writer = BlockWriter(Disk(), file, threads)
+        monkeypatch.setattr(blocks, "_copy", scarce)
+        writer.put(memoryview(bytearray(2**20)))
+        with pytest.raises(MemoryError, match="none left"):
+            writer.finish()
+        writer.settle()
+    os.close(file)
 
 
 def test_memory_beside_the_data_is_two_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,6 +271,26 @@ def test_a_read_that_fails_is_told_when_its_turn_comes(path: Path, monkeypatch: 
             got.append(bytes(each))
     os.close(file)
     assert got == [CONTENT[:ALIGNMENT]]
+
+
+def test_reads_at_once_that_may_not_be_direct_all_go_through_the_page_cache(
+    path: Path, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, both = os.preadv, threading.Barrier(2)
+    refused = []
+
+    def preadv(file: int, buffers: Any, offset: int) -> int:
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT:
+            refused.append(offset)
+            both.wait(timeout=10)  # neither falls back before both are refused
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(file, buffers, offset)
+
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", ALIGNMENT)
+    monkeypatch.setattr(os, "preadv", preadv)
+    spans = [(start, ALIGNMENT) for start in range(0, 8 * ALIGNMENT, 2 * ALIGNMENT)]
+    assert read(path, spans, pool) == [path.read_bytes()[start : start + size] for start, size in spans]
+    assert len(refused) == 2
 
 
 def test_who_stops_reading_waits_for_what_is_under_way(path: Path, pool: ThreadPoolExecutor) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import zerolith
 from harness import run_ranks
 from models import make_gpt, token_batches, whole_weights, zero_config
-from plain import world_size
+from plain import STAGES, world_size
 from zerolith.checkpoint import Reader
 from zerolith.checkpoint.manifest import read_manifest
 from zerolith.errors import CheckpointDamagedError, CheckpointError, UsageError
@@ -183,6 +183,46 @@ def test_a_damaged_checkpoint_leaves_an_engine_that_refuses_until_it_has_loaded_
     fresh.load_checkpoint(tmp_path, tag="good")
     assert_equal(whole_weights(fresh), weights)
     train(fresh)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_that_failed_does_not_keep_weights_from_being_loaded(stage: int, tmp_path: Path) -> None:
+    """The step was to leave its result in the weights, and has not."""
+    engine = start(stage, bf16={"enabled": True})
+    train(engine)
+    engine.save_checkpoint(tmp_path)
+    weights = whole_weights(engine)
+    train(engine, 2)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = -1.0
+    with pytest.raises(Exception, match="lr"):
+        train(engine)
+    engine.reset()
+    engine.load_checkpoint(tmp_path)
+    assert_equal(whole_weights(engine), weights)
+
+
+def test_client_state_that_one_rank_cannot_read_stops_all(tmp_path: Path) -> None:
+    tensor = Reader.tensor
+
+    def body() -> str:
+        engine = start(2)
+        train(engine)
+        engine.save_checkpoint(tmp_path, client_state={"mine": torch.arange(4.0)})
+        engine._sharded.comm.max([0.0], name="saved")
+        with pytest.MonkeyPatch.context() as patch:
+            if engine.global_rank == 1:
+                patch.setattr(Reader, "tensor", lambda self, name: 1 // 0 if "mine" in name else tensor(self, name))
+            with pytest.raises((CheckpointError, ZeroDivisionError)) as caught:
+                engine.load_checkpoint(tmp_path)
+        with pytest.raises(UsageError, match="failed half-way"):
+            train(engine)
+        engine.load_checkpoint(tmp_path)
+        train(engine)
+        return str(caught.value)
+
+    texts = run_ranks(2, body)
+    assert "rank 1 failed" in texts[0]
 
 
 @pytest.mark.parametrize(("stage", "optimizer"), [(0, "AdamW"), (2, "AdamW"), (3, "AdamW"), (3, "Muon")])

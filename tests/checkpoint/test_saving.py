@@ -134,6 +134,28 @@ def test_one_rank_with_a_bad_state_stops_all(tmp_path: Path) -> None:
     assert tags(tmp_path) == ["global_step1"]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_with_a_state_that_is_no_json_stops_all(rank: int, tmp_path: Path) -> None:
+    """Also the ranks that wait for it where buffers are compared."""
+
+    def body() -> str:
+        engine = start(3)
+        train(engine)
+        states = [*engine.optimizer.state.values()]
+        if engine.global_rank == rank:
+            for state in states:
+                state["odd"] = object()
+        with pytest.raises(CheckpointError) as caught:
+            engine.save_checkpoint(tmp_path)
+        for state in states:
+            state.pop("odd", None)
+        engine.save_checkpoint(tmp_path)
+        return str(caught.value)
+
+    texts = run_ranks(2, body)
+    assert f"rank {rank} failed" in texts[1 - rank]
+
+
 def test_a_parameter_without_elements(tmp_path: Path) -> None:
     def model() -> nn.Module:
         gpt = make_gpt()
@@ -366,6 +388,20 @@ def test_weights_that_cannot_be_written_stop_all_ranks(tmp_path: Path) -> None:
         train(engine)
 
     run_ranks(2, body)
+
+
+def test_weights_of_a_dtype_that_files_do_not_have_stop_all_ranks(tmp_path: Path) -> None:
+    def body() -> str:
+        model = make_gpt()
+        model.register_buffer("phase", torch.zeros(3, dtype=torch.complex128))
+        engine = start(3, model=model)
+        with pytest.raises(CheckpointError, match="weights cannot be saved") as caught:
+            engine.save_16bit_model(tmp_path)
+        train(engine)
+        return str(caught.value)
+
+    assert "complex128" in run_ranks(2, body)[0]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_manifest_is_json_and_says_what_is_there(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from plain import MICRO, Batch, config_for, loss_of, make_batches, my_micro_batc
 from zerolith.checkpoint import Content, Job, Reader, Saver, Sharded, find, tag_folder
 from zerolith.checkpoint.folder import DEFAULT_TAG, committed
 from zerolith.checkpoint.manifest import MANIFEST
-from zerolith.checkpoint.training_state import content_of
+from zerolith.checkpoint.training_state import add_buffers, add_parameters
 from zerolith.comm import Comm
 
 SAMPLES = 12 * MICRO  # in a step: micro-batches for 1, 2, 3 and 4 ranks alike
@@ -58,7 +58,9 @@ def run_on(engine: Any, *, to: int) -> None:
 
 def logical_state(engine: Any) -> dict[str, Tensor | str]:
     """Values and optimizer states of every parameter, whole, and weights as forward sees them; on every rank."""
-    content = content_of(Sharded(engine._sharded, engine._partitioned), exclude_frozen=False, with_gradients=False)
+    content, sharded = Content(), Sharded(engine._sharded, engine._partitioned)
+    add_parameters(content, sharded, exclude_frozen=False, with_gradients=False)
+    add_buffers(content, sharded)
     own = [(p.name, p.shape, p.range.start, p.range.stop, p.data.clone()) for p in content.parts if p.range.numel]
     state: dict[str, Tensor | str] = {}
     filled: dict[str, int] = {}

@@ -27,7 +27,6 @@ from zerolith.checkpoint.run import (
     agree_on_checkpoint as agree_on_checkpoint,
     check as check,
     collect as collect,
-    decode_client_state as decode_client_state,
     restore as restore,
 )
 from zerolith.checkpoint.saver import TIMEOUT as TIMEOUT, Job as Job, Saver as Saver

@@ -10,24 +10,22 @@ import ctypes
 import errno
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle, islice
-from threading import Barrier
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from zerolith.checkpoint.disk import Disk
 from zerolith.checkpoint.manifest import CHUNK_BYTES, checksum
 from zerolith.memory.pages import ALIGNMENT, address_of, page_buffer, set_direct
+from zerolith.memory.threads import start_task
 
 BLOCK_BYTES = 8 * 2**20  # of a transfer; larger ones gained nothing
 READS_AHEAD = 2  # at once, so that the disk always has the next request
 TASK_BYTES = 4 * CHUNK_BYTES  # hashed and copied by one task
 ALONE_BYTES = 64 * 2**10  # less than this is not worth a task
-
-T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -86,43 +84,12 @@ class BlockWriter:
 
     def _write(self, block: _Block) -> None:
         wait(block.copies)
+        for copy in block.copies:
+            copy.result()
         if block.filled:
             self._disk.write(self._file, block.memory[: block.filled])
         block.filled = 0
         block.copies.clear()
-
-
-def helpers(threads: int, name: str) -> ThreadPoolExecutor | None:
-    """So many threads that run already: where memory is scarce, CPython may wait for ever for one to start.
-
-    None if no threads are wanted, or the system gives no more: who calls then does the work.
-    """
-    if not threads:
-        return None
-    pool, all_here = ThreadPoolExecutor(threads, name), Barrier(threads)
-    try:
-        for _ in range(threads):
-            pool.submit(all_here.wait)
-    except RuntimeError:
-        all_here.abort()  # those that are here would wait for ever
-        pool.shutdown(cancel_futures=True)
-        return None
-    return pool
-
-
-def start_task(helpers: Executor | None, call: Callable[[], T]) -> Future[T]:
-    """Let a helper make the call, or make it here if there is none to be had."""
-    if helpers is not None:
-        try:
-            return helpers.submit(call)
-        except RuntimeError:  # no thread could start, or the interpreter is at its end and waits for this one
-            pass
-    done: Future[T] = Future()
-    try:
-        done.set_result(call())
-    except Exception as error:
-        done.set_exception(error)
-    return done
 
 
 def _digests(data: memoryview) -> list[str]:
@@ -195,13 +162,15 @@ def _start_of(block: Sequence[Span]) -> int:
 def _read_block(block: Sequence[Span], buffer: memoryview) -> memoryview:
     file, start = block[0].file, _start_of(block)
     needed = max(span.offset + span.nbytes for span in block) - start
-    target, done = buffer[: -(-needed // ALIGNMENT) * ALIGNMENT], 0
+    target, done, is_plain = buffer[: -(-needed // ALIGNMENT) * ALIGNMENT], 0, False
     while done < needed:
         try:
             count = os.preadv(file, [target[done:]], start + done)
         except OSError as error:
-            if error.errno != errno.EINVAL or not set_direct(file, False):
+            if error.errno != errno.EINVAL or is_plain:
                 raise
+            set_direct(file, False)  # another thread may have done so
+            is_plain = True
             continue
         if not count:
             break

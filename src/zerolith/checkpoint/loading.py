@@ -18,6 +18,7 @@ from zerolith.checkpoint.training_state import (
     weight_parts,
 )
 from zerolith.comm import Pending
+from zerolith.errors import DistributedError
 from zerolith.section import Section
 
 
@@ -38,6 +39,7 @@ class Arrivals:
         self._left = deque(sharded.model.sections)
         self._here: set[Section] = set()
         self._pending: list[Pending] = []  # what is on its way between ranks
+        self._is_stopped = False  # by another rank
         sharded.model.release_all()
 
     def arrived(self, section: Section) -> None:
@@ -53,19 +55,28 @@ class Arrivals:
 
     def give_up(self) -> None:
         """Let all ranks stop at the section where this one does."""
-        if any(map(_is_collective, self._left)):
+        if not self._is_stopped and any(map(_is_collective, self._left)):
             self._comm.max([1.0], name="values loaded")
         self.settle()
 
     def _publish(self, section: Section) -> None:
-        if _is_collective(section) and self._comm.max([0.0], name="values loaded")[0]:
+        if not _is_collective(section):
+            self._start(section)
+            self.settle()
+            return
+        self._is_stopped = self._comm.max([0.0], name="values loaded")[0] > 0
+        if self._is_stopped:
             raise StoppedElsewhere
+        try:
+            self._start(section)
+        except Exception as error:  # the others are in the midst of it: there is no agreeing any more
+            raise DistributedError(f"the weights of {section.name} could not be exchanged: {error}") from error
+
+    def _start(self, section: Section) -> None:
         if section in self._whole:
             with section.near(to_write=True):
                 self._whole[section].put_values(section.weights.own())
         self._pending.append(section.start_publish())
-        if not _is_collective(section):
-            self.settle()
 
 
 def fill_tensors(sharded: Sharded, reader: Reader, names: set[str], arrivals: Arrivals, *, takes_states: bool) -> None:

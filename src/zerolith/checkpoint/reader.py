@@ -16,13 +16,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from zerolith.checkpoint.blocks import READS_AHEAD, BlockReader, Span, helpers
+from zerolith.checkpoint.blocks import READS_AHEAD, BlockReader, Span
 from zerolith.checkpoint.content import Part
 from zerolith.checkpoint.disk import READ, read_into
 from zerolith.checkpoint.manifest import DTYPES, Manifest, Piece, TensorRecord, checksum, read_manifest
 from zerolith.errors import CheckpointDamagedError, CheckpointError
 from zerolith.layout import Range
 from zerolith.memory.pages import set_direct
+from zerolith.memory.threads import helpers
 
 K = TypeVar("K")
 Progress = Callable[[int], object]  # told of bytes that have been read

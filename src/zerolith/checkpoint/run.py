@@ -18,7 +18,8 @@ from zerolith.checkpoint.reader import Reader
 from zerolith.checkpoint.rng import rng_state, set_rng_state
 from zerolith.checkpoint.training_state import (
     Sharded,
-    content_of,
+    add_buffers,
+    add_parameters,
     groups_of,
 )
 from zerolith.checkpoint.values import from_json, to_json
@@ -70,7 +71,7 @@ def collect(run: Run, client_state: Mapping[str, Any], *, exclude_frozen: bool) 
     """
     comm, optimizer = run.sharded.model.comm, run.sharded.optimizer
     with_gradients = bool(run.counters["since_step"])
-    content = content_of(run.sharded, exclude_frozen=exclude_frozen, with_gradients=with_gradients)
+    content = Content()
     tensors: dict[str, Tensor] = {}  # rank 0's
     error: Exception | None = None
     state: dict[str, Any] = {}
@@ -90,10 +91,13 @@ def collect(run: Run, client_state: Mapping[str, Any], *, exclude_frozen: bool) 
         if optimizer is not None:
             groups = groups_of(optimizer, "param_groups", tensors)
             state["optimizer"] = {"class": class_name(optimizer.inner), "groups": groups}
+        add_parameters(content, run.sharded, exclude_frozen=exclude_frozen, with_gradients=with_gradients)
         content.rank_state = _rank_state(run, content)
     except Exception as caught:  # the other ranks must not wait for this one
         error = caught
+        content.close()
     agree(comm, error, doing="collecting a checkpoint", kind=CheckpointError)
+    add_buffers(content, run.sharded)
     if comm.rank == 0:
         content.add_tensors(tensors)
     return Collected(content, run.sharded.parameters(), state, versions)
@@ -123,17 +127,21 @@ def check(run: Run, manifest: Manifest, wants: Wants) -> set[str]:
     return names
 
 
-def restore(run: Run, reader: Reader, wants: Wants, names: set[str]) -> None:
-    """Bring the run to the checkpoint's state, except for counters. Collective over ranks that read the same one.
+def restore(run: Run, reader: Reader, wants: Wants, names: set[str]) -> dict[str, Any]:
+    """Bring the run to the checkpoint's state, except for counters; returns its client_state.
+
+    Collective over ranks that read the same one.
 
     names: what `check` has returned. Raises CheckpointError, on every rank; the run is a mixture then.
     """
     takes_states = wants.optimizer and run.sharded.optimizer is not None
     arrivals, error = Arrivals(run.sharded), None
+    client_state: dict[str, Any] = {}
     try:
         with torch.no_grad():
             fill_tensors(run.sharded, reader, names, arrivals, takes_states=takes_states)
         _restore_values(run, reader, wants, takes_states=takes_states)
+        client_state = dict(from_json(_of(reader.manifest, "client"), tensor=reader.tensor))
     except DistributedError:
         raise  # a rank is gone: there is nobody to agree with
     except StoppedElsewhere:
@@ -143,11 +151,7 @@ def restore(run: Run, reader: Reader, wants: Wants, names: set[str]) -> None:
         arrivals.give_up()
     arrivals.settle()
     agree_on_checkpoint(run.sharded.model.comm, error, doing="loading a checkpoint")
-
-
-def decode_client_state(reader: Reader) -> dict[str, Any]:
-    """What was given to save_checkpoint. Raises CheckpointDamagedError if its tensors are."""
-    return dict(from_json(_of(reader.manifest, "client"), tensor=reader.tensor))
+    return client_state
 
 
 def agree_on_checkpoint(comm: Comm, error: Exception | None, *, doing: str) -> None:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zerolith.checkpoint.blocks import helpers
 from zerolith.checkpoint.content import Content, Part
 from zerolith.checkpoint.disk import Disk, write_file
 from zerolith.checkpoint.folder import (
@@ -43,6 +42,7 @@ from zerolith.checkpoint.manifest import (
 from zerolith.checkpoint.shard_file import Written, read_back, write_shard
 from zerolith.comm import Comm, agree
 from zerolith.errors import CheckpointError, DistributedError
+from zerolith.memory.threads import helpers
 
 logger = logging.getLogger("zerolith")
 

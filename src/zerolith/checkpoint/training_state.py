@@ -63,9 +63,8 @@ class Sharded:
         return records
 
 
-def content_of(sharded: Sharded, *, exclude_frozen: bool, with_gradients: bool) -> Content:
-    """What this rank writes of parameters, states, gradients and buffers. Collective; copies nothing."""
-    content = Content()
+def add_parameters(content: Content, sharded: Sharded, *, exclude_frozen: bool, with_gradients: bool) -> None:
+    """Add what this rank writes of parameters, states and gradients. Copies nothing."""
     cursor = _Cursor(sharded.optimizer)
     content.close = cursor.close
     for section, own, index, member in sharded.slots():
@@ -80,8 +79,6 @@ def content_of(sharded: Sharded, *, exclude_frozen: bool, with_gradients: bool) 
         if with_gradients:
             content.parts += _gradient_parts(own, index, member.name)
     cursor.close()
-    _add_buffers(content, sharded)
-    return content
 
 
 class _Cursor:
@@ -308,7 +305,7 @@ def _gradient_parts(own: Gradients, index: int, name: str) -> Iterator[Part]:
         yield Part.whole(f"rank/{own.comm.rank}/gradient/{name}", own.term.buffer.slot(index))
 
 
-def _add_buffers(content: Content, sharded: Sharded) -> None:
+def add_buffers(content: Content, sharded: Sharded) -> None:
     """Rank 0's buffers, and those of others where they differ. Collective."""
     buffers = persistent_buffers(sharded.model.model)
     digests = {name: digest(buffer) for name, buffer in buffers.items()}
@@ -338,7 +335,7 @@ def _scalars(saved: Mapping[str, Any], param: Tensor, group: Mapping[str, Any]) 
 
 
 def _no_tensor(name: str) -> Tensor:
-    raise AssertionError(f"tensor {name!r} inside a parameter's scalar state: content_of writes none")
+    raise AssertionError(f"tensor {name!r} inside a parameter's scalar state: add_parameters writes none")
 
 
 def _state_part(

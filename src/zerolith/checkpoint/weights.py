@@ -15,7 +15,7 @@ from zerolith.checkpoint.folder import make_folder
 from zerolith.checkpoint.shard_file import safetensors_header
 from zerolith.checkpoint.training_state import Sharded, persistent_buffers
 from zerolith.comm import agree
-from zerolith.errors import CheckpointError
+from zerolith.errors import CheckpointError, UsageError
 
 
 def save_weights(sharded: Sharded, disk: Disk, path: Path, *, exclude_frozen: bool) -> None:
@@ -44,7 +44,7 @@ def save_weights(sharded: Sharded, disk: Disk, path: Path, *, exclude_frozen: bo
                 if name in names:
                     held = tensor.cpu().contiguous()
                     disk.write(file, bytes_of(held))
-        except OSError as caught:
+        except Exception as caught:  # the other ranks must not wait for this one
             error = _failure(caught, path)
     try:
         if file >= 0:
@@ -59,15 +59,21 @@ def whole_state_dict(sharded: Sharded, *, exclude_frozen: bool) -> dict[str, Ten
     wanted = {name for name, _ in _described(sharded, exclude_frozen)}
     aliases = {name: record.aliases for name, record in sharded.parameters().items()}
     state: dict[str, Tensor] = {}
-    for name, tensor in _whole(sharded):
-        if sharded.rank == 0 and name in wanted:
-            held = tensor.detach().to("cpu", copy=True)
-            state |= {each: held for each in [name, *aliases.get(name, ())]}
+    error: Exception | None = None
+    for name, tensor in _whole(sharded):  # to its end on every rank
+        if sharded.rank == 0 and name in wanted and error is None:
+            try:
+                held = tensor.detach().to("cpu", copy=True)
+                state |= {each: held for each in [name, *aliases.get(name, ())]}
+            except Exception as caught:  # no memory, most likely
+                error, state = caught, {}
+    agree(sharded.model.comm, error, doing="gathering the state dict", kind=UsageError)
     return state if sharded.rank == 0 else None
 
 
-def _failure(error: OSError, path: Path) -> CheckpointError:
-    failure = CheckpointError(f"{path}: weights cannot be saved ({error.strerror})")
+def _failure(error: Exception, path: Path) -> CheckpointError:
+    reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+    failure = CheckpointError(f"{path}: weights cannot be saved ({reason})")
     failure.__cause__ = error
     return failure
 

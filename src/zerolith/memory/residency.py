@@ -78,6 +78,23 @@ class _Held:
     storage: torch.UntypedStorage
     region: Any  # of the store
 
+    def allocate(self) -> None:
+        """Give the storage its memory, unless it has it: to be resized would move it, whoever writes to it."""
+        if self.storage.nbytes() != self.region.nbytes:
+            self.storage.resize_(self.region.nbytes)
+
+
+def wait_for_all(moving: Iterable[Moving]) -> None:
+    """Let all end, whatever becomes of some: they use memory. Raises the first error then."""
+    error: OffloadError | None = None
+    for each in moving:
+        try:
+            each.wait()
+        except OffloadError as caught:
+            error = error or caught
+    if error is not None:
+        raise error
+
 
 class Residency(Generic[K]):
     """Owner of what is elsewhere: the tensors of those sections for which `goes` is true.
@@ -119,11 +136,11 @@ class Residency(Generic[K]):
         if self._store is None or own not in self._held or own in self._reads or self._depth.get(own):
             return
         self._settle_all(own)
-        reads = []
-        for held in self._held[own].values():
-            held.storage.resize_(held.region.nbytes)
-            reads.append(self._store.read(held.region, held.storage))
+        reads: list[Moving] = []
         self._reads[own] = reads
+        for held in self._held[own].values():
+            held.allocate()
+            reads.append(self._store.read(held.region, held.storage))
 
     @contextmanager
     def readable(self, own: K) -> Iterator[None]:
@@ -152,8 +169,7 @@ class Residency(Generic[K]):
         """Wait for writes, all but the newest `but` sections' of them, and give their memory back."""
         while len(self._writes) > but:
             written, transfers = self._writes.pop(0)
-            for transfer in transfers:
-                transfer.wait()
+            wait_for_all(transfers)
             for held in written:
                 held.storage.resize_(0)
 
@@ -168,7 +184,7 @@ class Residency(Generic[K]):
         self._store.close()
         for own, section in self._held.items():
             for held in section.values():
-                held.storage.resize_(held.region.nbytes)
+                held.allocate()
             if not self._depth.get(own):
                 self._keeper.show(own)
         self._held.clear()
@@ -191,16 +207,14 @@ class Residency(Generic[K]):
         depth = self._depth.get(own, 0)
         if not depth:
             self.prefetch(own)
-            for read in self._reads.get(own, []):
-                read.wait()
-            self._reads.pop(own, None)
+            wait_for_all(self._reads.pop(own, []))
             if own in self._held:
                 self._keeper.show(own)
         self._depth[own] = depth + 1
 
     def _leave(self, own: K) -> None:
-        self._depth[own] -= 1
-        if self._depth[own]:
+        if self._depth[own] > 1:
+            self._depth[own] -= 1
             return
         assert self._store is not None, "who enters without a store does not come here"
         earlier = self._held.get(own, {})
@@ -210,6 +224,7 @@ class Residency(Generic[K]):
             for number, storage in storages.items()
             if number not in earlier
         }
+        self._depth[own] = 0  # not before there is a place for all of them
         known = [held for number, held in earlier.items() if number in storages]
         changed = [*added.values(), *(known if own in self._written else [])]
         self._written.discard(own)

@@ -11,8 +11,9 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ import xxhash
 
 from zerolith.errors import OffloadError
 from zerolith.memory.pages import ALIGNMENT, address_of, page_buffer
+from zerolith.memory.threads import helpers, start_task
 
 BLOCK_BYTES = 4 * 2**20  # of one request
 MAX_THREADS = 8
@@ -59,7 +61,7 @@ class SwapFile:
         self.is_direct = direct and hasattr(os, "O_DIRECT")
         self.nbytes = 0
         self._file = self._open()
-        self._threads = ThreadPoolExecutor(min(threads, MAX_THREADS), "zerolith swap")
+        self._threads = helpers(min(threads, MAX_THREADS), "zerolith swap")
         self._local = threading.local()
 
     def add(self, nbytes: int) -> Region:
@@ -85,7 +87,8 @@ class SwapFile:
 
     def close(self) -> None:
         """Give the disk's room back. What is under way is ended first."""
-        self._threads.shutdown()
+        if self._threads is not None:
+            self._threads.shutdown()
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
@@ -95,7 +98,8 @@ class SwapFile:
     ) -> Transfer:
         address = storage.data_ptr()
         starts = range(0, region.nbytes, BLOCK_BYTES)
-        return Transfer([self._threads.submit(move, region, number, address, n) for number, n in enumerate(starts)])
+        moves = [partial(move, region, number, address, start) for number, start in enumerate(starts)]
+        return Transfer([start_task(self._threads, each) for each in moves])
 
     def _write_block(self, region: Region, number: int, address: int, start: int) -> None:
         length = min(BLOCK_BYTES, region.nbytes - start)
@@ -128,7 +132,10 @@ class SwapFile:
     def _bounce(self) -> tuple[memoryview, int]:
         """This thread's aligned block, and its address."""
         if not hasattr(self._local, "block"):
-            block = page_buffer(BLOCK_BYTES)
+            try:
+                block = page_buffer(BLOCK_BYTES)
+            except (MemoryError, OSError) as error:
+                raise OffloadError(f"{self.folder}: there is no memory for a transfer: {error}") from error
             self._local.block = block, address_of(block)
         found: tuple[memoryview, int] = self._local.block
         return found

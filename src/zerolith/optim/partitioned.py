@@ -90,11 +90,7 @@ class PartitionedOptimizer:
             for own in self.gradients:
                 own.scale(grad_factor)
         flags_of = dict(zip(self.gradients, used, strict=True))
-        for own, flags in flags_of.items():
-            if self._mixes_use(own, flags):
-                with self.residency.resident(own):
-                    self.pieces[own] = [part for piece in self.pieces[own] for part in self._by_use(piece, flags)]
-                    self._hand_over(own)
+        self._cut_by_use(flags_of)
         swapped = [own for own in self.gradients if self.residency.swaps(own)]
         here = self.here()
         if here:
@@ -102,6 +98,26 @@ class PartitionedOptimizer:
             publish([own.section for own in here])
         if swapped:
             self._step_in_turn({own: flags_of[own] for own in swapped}, publish)
+
+    def _cut_by_use(self, used: Mapping[Gradients, Sequence[bool]]) -> None:
+        error: Exception | None = None
+        try:
+            for own, flags in used.items():
+                if self._mixes_use(own, flags):
+                    with self.residency.resident(own):
+                        self.pieces[own] = [part for piece in self.pieces[own] for part in self._by_use(piece, flags)]
+                        self._hand_over(own)
+        except OffloadError as caught:
+            error = caught
+        if self.residency.is_swapped:
+            self._agree(error)
+
+    def _agree(self, error: Exception | None) -> None:
+        try:
+            agree(self.comm, error, doing="stepping from disk", kind=OffloadError)
+        except OffloadError:
+            self.residency.abandon()  # on every rank, so that all of them step alike if they load and go on
+            raise
 
     def _step_in_turn(
         self, used: Mapping[Gradients, Sequence[bool]], publish: Callable[[Sequence[Section]], None]
@@ -123,11 +139,7 @@ class PartitionedOptimizer:
                 if not is_stepped:  # the other ranks wait for this one's part, whatever is in it
                     self._step_together({own: flags})
                     publish([own.section])
-        try:
-            agree(self.comm, error, doing="stepping from disk", kind=OffloadError)
-        except OffloadError:
-            self.residency.abandon()  # on every rank, so that all of them step alike if they load and go on
-            raise
+        self._agree(error)
 
     def here(self) -> list[Gradients]:
         """Sections that are always in memory."""
@@ -141,6 +153,8 @@ class PartitionedOptimizer:
             if isinstance(self.inner, OnePass):
                 self.inner.outs = dict(chain.from_iterable(map(self._casts, used)))
             self.inner.step()
+            for own in used:
+                own.section.is_cast = isinstance(self.inner, OnePass) and own.section.cast_target is not None
         finally:
             self.is_stepping = False
             for group in self.inner.param_groups:
@@ -255,7 +269,6 @@ class PartitionedOptimizer:
         """The stepped tensors of a section, and where their new values go in the dtype of the weights."""
         target = own.section.cast_target
         if target is not None:
-            own.section.is_cast = True
             for piece in self.pieces[own]:
                 yield piece.param, target.at(piece.range)
 
