@@ -369,6 +369,7 @@ def absent(view: Tensor) -> Tensor:
 
 
 def refuse_away() -> NoReturn:
+    """Raises UsageError: what is asked for has been lent."""
     raise UsageError("states are offloaded; call engine.reload_states() before")
 
 

@@ -287,6 +287,7 @@ def test_reads_at_once_that_may_not_be_direct_all_go_through_the_page_cache(
         return real(file, buffers, offset)
 
     monkeypatch.setattr(blocks, "BLOCK_BYTES", ALIGNMENT)
+    monkeypatch.setattr(blocks, "ALONE_BYTES", 0)
     monkeypatch.setattr(os, "preadv", preadv)
     spans = [(start, ALIGNMENT) for start in range(0, 8 * ALIGNMENT, 2 * ALIGNMENT)]
     assert read(path, spans, pool) == [path.read_bytes()[start : start + size] for start, size in spans]

@@ -126,7 +126,9 @@ class BlockReader:
 
         def read_ahead() -> None:
             for block in islice(blocks, READS_AHEAD - len(ahead)):
-                ahead.append((block, start_task(self._helpers, partial(_read_block, block, next(buffers)))))
+                is_small = sum(span.nbytes for span in block) < ALONE_BYTES
+                helpers = None if is_small else self._helpers
+                ahead.append((block, start_task(helpers, partial(_read_block, block, next(buffers)))))
 
         try:
             read_ahead()
