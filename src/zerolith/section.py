@@ -163,6 +163,10 @@ class Section:
         """Whether the weights are in memory only while someone is `near`."""
         return self.plan.residency.swaps(self)
 
+    @property
+    def _master_device(self) -> torch.device | None:
+        return self.plan.master_device if self.is_offloaded else None
+
     def near(self, *, to_write: bool = False) -> AbstractContextManager[None]:
         """Inside, weights at rest may be read, and written if told."""
         residency = self.plan.residency
@@ -320,7 +324,7 @@ class Section:
         if not self.trained or (self.granularity is Granularity.TENSOR and optim is SHARD):
             return None  # frozen; or the owners of whole tensors hold the master
         dtype = self.plan.precision.master_dtype(packed.data.dtype)
-        device = self.plan.master_device if self.is_offloaded else None
+        device = self._master_device
         is_here = device in (None, self.weights.data.device) and not self.is_elsewhere
         if dtype == self.weights.data.dtype and is_here:
             return self.weights.own() if optim is SHARD else self.weights
@@ -330,9 +334,8 @@ class Section:
         if self.main is not None or not self.trained:
             return {}
         dtype = self.plan.precision.master_dtype(packed.data.dtype)
-        device = self.plan.master_device if self.is_offloaded else None
         mine = [index for index, owner in enumerate(self.owners) if owner == packed.rank]
-        return {index: packed.slot(index).to(device, dtype, copy=True) for index in mine}
+        return {index: packed.slot(index).to(self._master_device, dtype, copy=True) for index in mine}
 
     def _make_grads(self) -> FlatBuffer | None:
         if not self.trained:

@@ -90,40 +90,34 @@ class PartitionedOptimizer:
             for own in self.gradients:
                 own.scale(grad_factor)
         flags_of = dict(zip(self.gradients, used, strict=True))
-        self._cut_by_use(flags_of)
-        swapped = [own for own in self.gradients if self.residency.swaps(own)]
-        here = self.here()
+        here, swapped = self.here(), [own for own in self.gradients if self.residency.swaps(own)]
+        error = self._cut_by_use(flags_of)
         if here:
             self._step_together({own: flags_of[own] for own in here})
             publish([own.section for own in here])
         if swapped:
-            self._step_in_turn({own: flags_of[own] for own in swapped}, publish)
+            self._step_in_turn({own: flags_of[own] for own in swapped}, publish, error)
 
-    def _cut_by_use(self, used: Mapping[Gradients, Sequence[bool]]) -> None:
-        error: Exception | None = None
+    def _cut_by_use(self, used: Mapping[Gradients, Sequence[bool]]) -> OffloadError | None:
+        """Cut pieces of which only some parameters had a gradient; after an error, which is returned, all are here."""
         try:
             for own, flags in used.items():
                 if self._mixes_use(own, flags):
                     with self.residency.resident(own):
                         self.pieces[own] = [part for piece in self.pieces[own] for part in self._by_use(piece, flags)]
                         self._hand_over(own)
-        except OffloadError as caught:
-            error = caught
-        if self.residency.is_swapped:
-            self._agree(error)
-
-    def _agree(self, error: Exception | None) -> None:
-        try:
-            agree(self.comm, error, doing="stepping from disk", kind=OffloadError)
-        except OffloadError:
-            self.residency.abandon()  # on every rank, so that all of them step alike if they load and go on
-            raise
+        except OffloadError as error:
+            self.residency.abandon()
+            return error
+        return None
 
     def _step_in_turn(
-        self, used: Mapping[Gradients, Sequence[bool]], publish: Callable[[Sequence[Section]], None]
+        self,
+        used: Mapping[Gradients, Sequence[bool]],
+        publish: Callable[[Sequence[Section]], None],
+        error: OffloadError | None,
     ) -> None:
-        """A section at a time, as they come into memory."""
-        error: Exception | None = None
+        """A section at a time, as they come into memory; raises what went wrong here or before, on every rank."""
         following = [*used][1:] + [*used][:1]
         for (own, flags), after in zip(used.items(), following, strict=True):
             is_stepped = False
@@ -139,7 +133,11 @@ class PartitionedOptimizer:
                 if not is_stepped:  # the other ranks wait for this one's part, whatever is in it
                     self._step_together({own: flags})
                     publish([own.section])
-        self._agree(error)
+        try:
+            agree(self.comm, error, doing="stepping from disk", kind=OffloadError)
+        except OffloadError:
+            self.residency.abandon()  # on every rank, so that all of them step alike if they load and go on
+            raise
 
     def here(self) -> list[Gradients]:
         """Sections that are always in memory."""
