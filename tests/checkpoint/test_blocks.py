@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 
 from plain import config_for, start as start_engine
 from zerolith.checkpoint import Disk, blocks
-from zerolith.checkpoint.blocks import BlockReader, BlockWriter, Span
+from zerolith.checkpoint.blocks import READS_AHEAD, BlockReader, BlockWriter, Span
 from zerolith.checkpoint.content import Part
-from zerolith.checkpoint.manifest import checksum
+from zerolith.checkpoint.manifest import CHUNK_BYTES, checksum
 from zerolith.checkpoint.shard_file import write_shard
 from zerolith.errors import CheckpointError
 from zerolith.memory.pages import ALIGNMENT, page_buffer, set_direct
@@ -42,7 +42,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(2) as threads:
+    with ThreadPoolExecutor(READS_AHEAD) as threads:
         yield threads
 
 
@@ -73,7 +73,7 @@ def test_what_is_put_is_in_the_file_and_hashed(
 ) -> None:
     pieces = data_of(sizes)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "BLOCK_BYTES", block_bytes)
+        patch.setattr(blocks, "WRITE_BYTES", block_bytes)
         content, digests = written(Disk(), pieces, pool if has_threads else None)
     assert content == b"".join(pieces)
     assert digests == [
@@ -131,7 +131,7 @@ def test_memory_beside_the_data_is_two_blocks(monkeypatch: pytest.MonkeyPatch) -
     taken = []
     monkeypatch.setattr(blocks, "page_buffer", lambda nbytes: (taken.append(nbytes), page_buffer(nbytes))[1])
     written(Disk(), data_of([100] * 3), None)
-    assert taken == [blocks.BLOCK_BYTES] * 2
+    assert taken == [blocks.WRITE_BYTES] * 2
 
 
 class Deaf(Disk):
@@ -149,7 +149,7 @@ class Deaf(Disk):
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("most", [ALIGNMENT, 1000, 1])
 def test_a_disk_that_takes_a_part_of_a_block_gets_the_rest(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 2 * ALIGNMENT)
+    monkeypatch.setattr(blocks, "WRITE_BYTES", 2 * ALIGNMENT)
     pieces = data_of([9000, 5000])
     assert written(Deaf(most), pieces, None)[0] == b"".join(pieces)
 
@@ -241,7 +241,7 @@ def test_spans_are_read_as_they_lie_there(
 ) -> None:
     spans = sorted(spans) if in_order else spans
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "BLOCK_BYTES", 2 * ALIGNMENT)
+        patch.setattr(blocks, "READ_BYTES", 2 * ALIGNMENT)
         found = read(path, spans, pool if has_threads else None, is_direct=is_direct)
     assert found == [CONTENT[offset : offset + nbytes] for offset, nbytes in spans]
 
@@ -254,6 +254,13 @@ def test_neighbours_are_read_at_once(path: Path, monkeypatch: pytest.MonkeyPatch
     assert calls == [0]
 
 
+def test_memory_for_reading_is_less_than_two_buffers_of_16_mib(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    monkeypatch.setattr(blocks, "page_buffer", lambda nbytes: (taken.append(nbytes), page_buffer(1))[1])
+    BlockReader(CHUNK_BYTES, None)
+    assert sum(taken) < 2 * 16 * 2**20
+
+
 def test_a_read_that_fails_is_told_when_its_turn_comes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.preadv
 
@@ -263,7 +270,7 @@ def test_a_read_that_fails_is_told_when_its_turn_comes(path: Path, monkeypatch: 
         return real(file, targets, offset)
 
     monkeypatch.setattr(os, "preadv", preadv)
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", ALIGNMENT)
+    monkeypatch.setattr(blocks, "READ_BYTES", 1)
     file = os.open(path, os.O_RDONLY)
     got = []
     with pytest.raises(OSError, match="Input/output"):
@@ -276,22 +283,22 @@ def test_a_read_that_fails_is_told_when_its_turn_comes(path: Path, monkeypatch: 
 def test_reads_at_once_that_may_not_be_direct_all_go_through_the_page_cache(
     path: Path, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, both = os.preadv, threading.Barrier(2)
+    real, together = os.preadv, threading.Barrier(READS_AHEAD)
     refused = []
 
     def preadv(file: int, buffers: Any, offset: int) -> int:
         if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT:
             refused.append(offset)
-            both.wait(timeout=10)  # neither falls back before both are refused
+            together.wait(timeout=10)  # none falls back before all are refused
             raise OSError(errno.EINVAL, "Invalid argument")
         return real(file, buffers, offset)
 
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", ALIGNMENT)
+    monkeypatch.setattr(blocks, "READ_BYTES", 1)
     monkeypatch.setattr(blocks, "ALONE_BYTES", 0)
     monkeypatch.setattr(os, "preadv", preadv)
     spans = [(start, ALIGNMENT) for start in range(0, 8 * ALIGNMENT, 2 * ALIGNMENT)]
     assert read(path, spans, pool) == [path.read_bytes()[start : start + size] for start, size in spans]
-    assert len(refused) == 2
+    assert len(refused) == READS_AHEAD
 
 
 def test_who_stops_reading_waits_for_what_is_under_way(path: Path, pool: ThreadPoolExecutor) -> None:

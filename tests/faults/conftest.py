@@ -21,7 +21,7 @@ SMALL_BLOCK = 700  # bytes
 def _small_blocks() -> Iterator[None]:
     """So that the data files of small models take several writes, as those of large ones do."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zerolith.checkpoint.blocks, "BLOCK_BYTES", SMALL_BLOCK)
+        patch.setattr(zerolith.checkpoint.blocks, "WRITE_BYTES", SMALL_BLOCK)
         yield
 
 

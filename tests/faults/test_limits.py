@@ -29,7 +29,7 @@ SOON_S = 15.0
 
 @pytest.fixture(autouse=True)
 def _blocks_of_a_large_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zerolith.checkpoint.blocks, "BLOCK_BYTES", 1 << 22)
+    monkeypatch.setattr(zerolith.checkpoint.blocks, "WRITE_BYTES", 1 << 22)
 
 
 @contextmanager

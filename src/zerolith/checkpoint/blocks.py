@@ -22,8 +22,9 @@ from zerolith.checkpoint.manifest import CHUNK_BYTES, checksum
 from zerolith.memory.pages import ALIGNMENT, address_of, page_buffer, set_direct
 from zerolith.memory.threads import start_task
 
-BLOCK_BYTES = 8 * 2**20  # of a transfer; larger ones gained nothing
-READS_AHEAD = 2  # at once, so that the disk always has the next request
+WRITE_BYTES = 8 * 2**20  # of a write; larger ones gained nothing
+READ_BYTES = 7 * CHUNK_BYTES  # with unaligned ends still a request of less than a block
+READS_AHEAD = 3  # at once, so that the disk always has the next request; two larger ones were no faster
 TASK_BYTES = 4 * CHUNK_BYTES  # hashed and copied by one task
 ALONE_BYTES = 64 * 2**10  # less than this is not worth a task
 
@@ -45,7 +46,7 @@ class BlockWriter:
         self._disk = disk
         self._file = file
         self._helpers = helpers
-        self._current, self._before = _Block(page_buffer(BLOCK_BYTES)), _Block(page_buffer(BLOCK_BYTES))
+        self._current, self._before = _Block(page_buffer(WRITE_BYTES)), _Block(page_buffer(WRITE_BYTES))
         self._hashed: list[Future[list[str]]] = []  # that may be under way
         set_direct(file, True)
 
@@ -73,12 +74,12 @@ class BlockWriter:
     def _append(self, data: memoryview, helpers: Executor | None) -> None:
         while data:
             block = self._current
-            part = data[: BLOCK_BYTES - block.filled]
+            part = data[: WRITE_BYTES - block.filled]
             place = block.memory[block.filled : block.filled + len(part)]
             block.copies.append(start_task(helpers, partial(_copy, part, place)))
             block.filled += len(part)
             data = data[len(part) :]
-            if block.filled == BLOCK_BYTES:
+            if block.filled == WRITE_BYTES:
                 self._write(self._before)
                 self._before, self._current = block, self._before
 
@@ -112,7 +113,7 @@ class BlockReader:
     """Reads spans of at most `longest` bytes ahead of their use, in threads of `helpers` if there are any."""
 
     def __init__(self, longest: int, helpers: Executor | None) -> None:
-        self._nbytes = max(2 * BLOCK_BYTES, longest + 2 * ALIGNMENT)  # larger reads are faster; writes are not
+        self._nbytes = max(READ_BYTES, longest) + 2 * ALIGNMENT
         self._helpers = helpers
         self._buffers = [page_buffer(self._nbytes) for _ in range(READS_AHEAD + 1)]
 
