@@ -109,6 +109,7 @@ def test_the_first_units_states_stay_in_memory(ratio: float, tmp_path: Path) -> 
     assert ratio > 0.5 or stays > 1
     for each in (whole, engine):
         train_on(each, DATA[:1])
+        each._partitioned.catch_up()
         each._partitioned.residency.settle()
     gone = [section for section in sections if not section.main.data.untyped_storage().nbytes()]
     assert all(section.is_offloaded for section in gone)
@@ -259,6 +260,7 @@ def test_nothing_is_kept_over_many_steps(device: str, tmp_path: Path) -> None:
 
         def held() -> tuple[int, int, int, int]:
             gc.collect()
+            engine._partitioned.catch_up()
             engine._partitioned.residency.settle()
             storages = {
                 each.untyped_storage()._cdata: each.untyped_storage().nbytes()

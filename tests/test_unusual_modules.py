@@ -13,31 +13,23 @@ from torch import Tensor, nn
 
 import zerolith
 from harness import run_ranks
-from models import differing, error_between, sgd, start_engine, whole_weights, zero_config
-from unusual import CASES, Chain, Checkpointed, Compiled, ModuleOnOneRank, Output
+from models import differing, error_between, sgd, start_engine, whole_weights
+from unusual import (
+    CASES,
+    Chain,
+    Checkpointed,
+    Compiled,
+    ModuleOnOneRank,
+    Optimize,
+    config_for,
+    inputs,
+    loss_of,
+    train_sharded,
+)
 from zerolith.errors import ShardedAccessError, UsageError
 from zerolith.parameter import ShardedParameter
 
 STAGES = (0, 1, 2, 3)
-STEPS = 5
-TINY = 20  # elements from which on a module is a unit
-
-
-def config_for(stage: int, **overrides: Any) -> dict[str, Any]:
-    zero = {"stage3_param_persistence_threshold": TINY, **overrides.pop("zero_optimization", {})}
-    return zero_config(stage, train_micro_batch_size_per_gpu=3, zero_optimization=zero, **overrides)
-
-
-def inputs(world: int) -> Tensor:
-    """(step, rank, sample, feature)"""
-    return torch.randn(STEPS, world, 3, 8, generator=torch.Generator().manual_seed(7))
-
-
-def loss_of(output: Any) -> Tensor:
-    return output.value if isinstance(output, Output) else output
-
-
-Optimize = Callable[[nn.Module], torch.optim.Optimizer]
 
 
 def train_alone(model: nn.Module, make_optimizer: Optimize, data: Tensor) -> dict[str, Tensor]:
@@ -52,21 +44,6 @@ def train_alone(model: nn.Module, make_optimizer: Optimize, data: Tensor) -> dic
         optimizer.step()
         optimizer.zero_grad()
     return {name: param.detach() for name, param in model.named_parameters()}
-
-
-def train_sharded(
-    model: nn.Module, make_optimizer: Optimize, data: Tensor, config: dict[str, Any]
-) -> dict[str, Tensor]:
-    engine = start_engine(model, config, make_optimizer)
-    for step, by_rank in enumerate(data):
-        if hasattr(engine.module, "set_frozen"):
-            engine.module.set_frozen(step)
-        loss = loss_of(engine(by_rank[engine.global_rank], step, engine.global_rank))
-        engine.backward(loss)
-        engine.step()
-    weights = whole_weights(engine)
-    engine.destroy()
-    return weights
 
 
 def compare_stages(make_model: Callable[[], nn.Module], stages: tuple[int, ...], make_optimizer: Optimize) -> list[str]:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
+from models import start_engine, whole_weights, zero_config
+
 WIDTH = 8
 
 
@@ -487,3 +489,39 @@ CASES: dict[str, Callable[[], nn.Module]] = {
     "shared, non-reentrant checkpoints": lambda: SharedAndCheckpointed(reentrant=False),
     "shared, reentrant checkpoints": lambda: SharedAndCheckpointed(reentrant=True),
 }
+
+
+# --- training them ------------------------------------------------------------------------------
+
+STEPS = 5
+TINY = 20  # elements from which on a module is a unit
+Optimize = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+def config_for(stage: int, **overrides: Any) -> dict[str, Any]:
+    zero = {"stage3_param_persistence_threshold": TINY, **overrides.pop("zero_optimization", {})}
+    return zero_config(stage, train_micro_batch_size_per_gpu=3, zero_optimization=zero, **overrides)
+
+
+def inputs(world: int) -> Tensor:
+    """(step, rank, sample, feature)"""
+    return torch.randn(STEPS, world, 3, 8, generator=torch.Generator().manual_seed(7))
+
+
+def loss_of(output: Any) -> Tensor:
+    return output.value if isinstance(output, Output) else output
+
+
+def train_sharded(
+    model: nn.Module, make_optimizer: Optimize, data: Tensor, config: dict[str, Any]
+) -> dict[str, Tensor]:
+    engine = start_engine(model, config, make_optimizer)
+    for step, by_rank in enumerate(data):
+        if hasattr(engine.module, "set_frozen"):
+            engine.module.set_frozen(step)
+        loss = loss_of(engine(by_rank[engine.global_rank], step, engine.global_rank))
+        engine.backward(loss)
+        engine.step()
+    weights = whole_weights(engine)
+    engine.destroy()
+    return weights

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from zerolith.checkpoint import (
     whole_state_dict,
 )
 from zerolith.comm import side_comm
-from zerolith.errors import CheckpointDamagedError, CheckpointError, UsageError
+from zerolith.errors import CheckpointDamagedError, CheckpointError, OffloadError, UsageError
 from zerolith.memory.away import Away
 from zerolith.optim import PartitionedOptimizer
 
@@ -80,6 +81,7 @@ class Checkpoints(Batches):
         """
         self._check_ready()
         self._check_here()
+        self._catch_up()
         settings, folder = self._settings.checkpoint, self._folder(save_dir)
         tag = check_tag(str(tag) if tag is not None else f"global_step{self.global_steps}")
         saver = self._open_saver()
@@ -132,6 +134,7 @@ class Checkpoints(Batches):
         self._check_here()
         if self._saver is not None:
             self._saver.flush()
+        self._catch_up()
         folder = self._folder(load_dir)
         wants = Wants(
             strict=load_module_strict,
@@ -163,6 +166,7 @@ class Checkpoints(Batches):
         """
         self._check_ready()
         self._check_here(WEIGHTS)
+        self._catch_up()
         path = Path(save_dir) / save_filename
         save_weights(Sharded(self._sharded, None), self._disk, path, exclude_frozen=exclude_frozen_parameters)
         return True
@@ -175,6 +179,7 @@ class Checkpoints(Batches):
         """The model's state dict on rank 0's CPU, None on other ranks. Collective. Accelerate asks for it by name."""
         self._check_ready()
         self._check_here(WEIGHTS)
+        self._catch_up()
         return whole_state_dict(Sharded(self._sharded, None), exclude_frozen=exclude_frozen_parameters)
 
     _consolidated_16bit_state_dict = _zero3_consolidated_16bit_state_dict
@@ -302,6 +307,21 @@ class Checkpoints(Batches):
             raise UsageError(
                 f"{self._mixture}, so weights and states are a mixture; load a checkpoint or make a new engine"
             )
+
+    def _catch_up(self) -> None:
+        """Let the last step come to its end. Collective, once after each. Raises OffloadError on every rank."""
+        if self._partitioned is not None:
+            with self._or_mixture():
+                self._partitioned.catch_up()
+
+    @contextmanager
+    def _or_mixture(self) -> Iterator[None]:
+        """What fails in here has updated some weights and states, and others not."""
+        try:
+            yield
+        except OffloadError:
+            self._mixture = "the last step failed half-way"
+            raise
 
     def _check_here(self, *kinds: str) -> None:
         """Raise UsageError if anything is away; if `kinds` are given, only if one of them is."""

@@ -18,7 +18,7 @@ from zerolith.checkpoint import Sharded
 from zerolith.checkpoints import WEIGHTS
 from zerolith.comm import CommsLog
 from zerolith.config import Config
-from zerolith.errors import OffloadError, UsageError
+from zerolith.errors import UsageError
 from zerolith.forward import Forward
 from zerolith.integrity import Integrity
 from zerolith.lending import Lending
@@ -69,7 +69,15 @@ class Engine(Lending):
         self._managed = False  # the backward under way is engine.backward's, or of a loss that scale() has seen
         self._partitioned: PartitionedOptimizer | None = None
         if optimizer is not None:
-            self._partitioned = PartitionedOptimizer(optimizer, sharded.gradients, sharded.comm, swap=swap)
+            overlaps = config.zero_optimization.offload_optimizer.overlap != "none"
+            self._partitioned = PartitionedOptimizer(
+                optimizer,
+                sharded.gradients,
+                sharded.comm,
+                swap=swap,
+                overlaps=overlaps,
+                splits=config.bf16.split_master,
+            )
         self.basic_optimizer = optimizer
         sharded.reducer.before_first = _weakly(self, Engine._on_backward)
         self._integrity = Integrity(Sharded(sharded, self._partitioned), interval=config.integrity_interval)
@@ -81,7 +89,7 @@ class Engine(Lending):
         handles = [*handles, self._phase, watch, module.register_forward_hook(_weakly(self, Engine._watch_output))]
         if optimizer is not None:
             handles.append(optimizer.register_step_pre_hook(_weakly(self, Engine._refuse_outside)))
-            self.optimizer = ZeroOptimizer(optimizer, step=self.step, zero_grad=self.zero_grad)
+            self.optimizer = ZeroOptimizer(optimizer, step=self.step, zero_grad=self.zero_grad, settle=sharded.settle)
         comm, micro = sharded.comm, self._micro
         of_ranks = (1 if config.gradient_allreduce_op == "sum" else comm.size) / config.gradient_predivide_factor
         # What a sum of gradients is divided by, loss scale included. Not a method: that would keep a dropped engine
@@ -185,6 +193,7 @@ class Engine(Lending):
         self._check_here()
         if self._partitioned is None:
             raise UsageError("step() needs an optimizer; pass one to initialize or name one in the config")
+        self._catch_up()
         since_step = self._micro.since_step
         if not self._micro.take_step():
             self._applied = False
@@ -230,11 +239,8 @@ class Engine(Lending):
         if not skip:
             clip = settings.gradient_clipping
             coefficient = min(1.0, clip / (norm + CLIP_EPS)) if clip and not facts.overflow else 1.0
-            try:
+            with self._or_mixture():
                 optimizer.step(facts.used, sharded.publish, grad_factor=coefficient / terms)
-            except OffloadError:
-                self._mixture = "the last step failed half-way"
-                raise
         sharded.reducer.reset()
         if skip and sharded.comm.rank == 0:
             message = "step %d skipped: the gradient of %s is not finite (loss scale %g)"
@@ -257,6 +263,7 @@ class Engine(Lending):
         """
         self._check_alive()
         self._in_backward = self._managed = False
+        self._sharded.settle()
         self._sharded.reset()
         self._micro.drop()
 
@@ -313,6 +320,7 @@ class Engine(Lending):
 
     def _enter_backward(self) -> None:
         self._check_here()
+        self._catch_up()
         self._in_backward = True
         self._micro.backward_begun()
         resting = self._sharded.plan.partitioning.rests_partial and not self._micro.is_last()

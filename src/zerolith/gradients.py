@@ -94,6 +94,8 @@ class Gradients:
         self._buffer = section.grads  # without memory until it is needed
         self._lender: Term | None = None  # holds `sum` instead of `_buffer`
         self.is_away = False  # lent: without memory, and not to be touched
+        self.runs_behind = False  # whether the section is updated behind the forward that follows a step
+        self.is_held = False  # an update that runs behind reads them, and resets them afterwards
 
     @property
     def sum(self) -> FlatBuffer:
@@ -287,7 +289,8 @@ class Reducer:
             self._in_flight.popleft()[1].wait()
         self.wait_for_gathers()
         for own in self.gradients:
-            own.reset()
+            if not own.is_held:
+                own.reset()
         self.partial = False
         self._sequence.restart()
 

@@ -269,9 +269,13 @@ class Gatherer:
         following = order.visit(self._numbers[unit])
         unit.gather()
         if self.prefetch and following is not None:
-            self.units[following].start_gather()
-            for number in order.expected(READ_AHEAD):
-                self.units[number].read_ahead()
+            # What is being updated is not waited for before this unit computes. The flag is the same on every rank.
+            ahead = [self.units[number] for number in dict.fromkeys([following, *order.expected(READ_AHEAD)])]
+            ahead = list(itertools.takewhile(lambda each: not each.is_behind, ahead))
+            for each in ahead[:1]:
+                each.start_gather()
+            for each in ahead:
+                each.read_ahead()
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:  # whatever a module returns

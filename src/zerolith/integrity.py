@@ -112,6 +112,7 @@ class Integrity:
         owns = optimizer.here() if optimizer is not None else []  # the file of the others has checksums of its own
         here = {own.section for own in owns}
         for section in self._sharded.model.sections:
+            section.settle()
             if section.weights.data.device.type != "cpu":
                 continue
             if section.is_sharded and not section.is_elsewhere:  # else every rank has them, and replicas are compared

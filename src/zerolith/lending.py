@@ -39,6 +39,7 @@ class Lending(Checkpoints):
         """
         self._check_ready()
         self._check_here()
+        self._catch_up()
         if str(device).split(":")[0] != "cpu":
             raise UsageError(f"offload_states(device={device!r}): states go to the host; leave it 'cpu'")
         names = {str(getattr(each, "value", each)) for each in include} if include is not None else {*KINDS}
@@ -102,7 +103,7 @@ class Lending(Checkpoints):
             if WEIGHTS in names and not section.is_elsewhere:
                 yield section.weights.data
         if optimizer is not None and OPTIMIZER in names:
-            for state in optimizer.inner.state.values():
+            for state in optimizer.every_state():
                 yield from (value for value in state.values() if self._is_here(value))
         if not names.isdisjoint(GRADIENTS):
             for own in sharded.gradients:

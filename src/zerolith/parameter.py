@@ -44,6 +44,7 @@ class ShardedParameter(torch.Tensor):
     _local: Tensor
     owned: Range
     touch: Touch
+    settle: Callable[[], None]  # waits until the elements are those of the last step
     gathered: Tensor | None  # the whole parameter while its unit is gathered: then operations go to it
     origin: object  # what built it, while it belongs to no engine yet
 
@@ -57,11 +58,13 @@ class ShardedParameter(torch.Tensor):
         stand_in._is_param = True  # what nn.Parameter's isinstance test looks at
         stand_in.fqn, stand_in._local, stand_in.owned, stand_in.touch = fqn, local, owned, touch
         stand_in.gathered = stand_in.origin = None
+        stand_in.settle = lambda: None
         return stand_in
 
     @property
     def local(self) -> Tensor:
         """Raises ShardedAccessError while the elements are not in memory: to read them would crash the process."""
+        self.settle()
         if self._local.numel() and not self._local.untyped_storage().nbytes():
             raise ShardedAccessError(
                 f"{self.fqn!r} is not in memory, because weights are offloaded: read or edit it inside "

@@ -125,6 +125,9 @@ class Section:
         self.whole = FlatBuffer(self.layout, REPLICATE, packed.data.to(compute), rank=packed.rank)
         self.weights = self.whole if plan.partitioning.params is REPLICATE else self.whole.copy(SHARD, compute)
         self.resident: Callable[[], AbstractContextManager[None]] = nullcontext  # in which masters may be touched
+        self.settle: Callable[[], None] = lambda: None  # waits for an update that runs behind
+        self.is_split = False  # whether masters rest as what the weights lack, and are lost if those change
+        self.is_behind = False  # whether one was begun since the weights were last gathered: so on every rank
         self.owners = list(owners)  # rank that steps each tensor, where whole tensors are stepped on shards
         self.main = self._make_main(packed)
         self.masters = self._make_masters(packed)  # by index: whole tensors that this rank owns, master dtype
@@ -169,6 +172,7 @@ class Section:
 
     def near(self, *, to_write: bool = False) -> AbstractContextManager[None]:
         """Inside, weights at rest may be read, and written if told."""
+        self.settle()
         residency = self.plan.residency
         return residency.resident(self) if to_write else residency.readable(self)
 
@@ -180,6 +184,7 @@ class Section:
         """Begin to fill `whole` from the shards. Collective."""
         if self.is_away:
             refuse_away()
+        self.is_behind = False
         self.whole.allocate()
         with ExitStack() as here:
             here.enter_context(self.near())
@@ -277,8 +282,8 @@ class Section:
 
     def adopt_slot(self, index: int) -> None:
         """Keep what was written to the whole tensor `index`, which is the same on every rank."""
-        self.write_slot(index, self.whole.slot(index).reshape(-1))
-        with self.resident():
+        with self.resident():  # around all of it: split masters are made from the weights as they were
+            self.write_slot(index, self.whole.slot(index).reshape(-1))
             if self.main is not None:
                 _follow(self.main.local(index), self._held(index, self.main))
             if index in self.masters:

@@ -63,6 +63,10 @@ class ShardedModel:
             for tensors in ([member.param for member in section.members], section.stand_ins)
             for index, tensor in enumerate(tensors)
         }
+        for section in self.sections:
+            before = [member.stand_in for member in section.members if member.stand_in is not None]
+            for stand_in in [*section.stand_ins, *before]:
+                stand_in.settle = _settles(section)
         # Backward meets the last unit first; the root, which is used at both ends, completes last.
         self.gradients = [
             Gradients(section, plan.partitioning, plan.precision, plan.comm)
@@ -86,6 +90,11 @@ class ShardedModel:
 
     def gradients_of(self, section: Section) -> Gradients | None:
         return next((own for own in self.gradients if own.section is section), None)
+
+    def settle(self) -> None:
+        """Wait for updates that run behind. Does not communicate."""
+        for section in self.sections:
+            section.settle()
 
     def release_all(self) -> None:
         self.gatherer.release_all()
@@ -212,6 +221,7 @@ class ShardedModel:
         def rest(module: nn.Module, *_: Any) -> None:
             sharded = this()
             if sharded is not None and module is original():  # a deep copy of the model has the same hooks
+                sharded.settle()
                 sharded.release_all()
 
         return [self.model.register_state_dict_pre_hook(rest), self.model.register_load_state_dict_pre_hook(rest)]
@@ -244,3 +254,15 @@ class ShardedModel:
             for member in section.members
             if not member.trained and member.wanted_grad
         ]
+
+
+def _settles(section: Section) -> Callable[[], None]:
+    """Its `settle` for a stand-in, which must not keep the section alive."""
+    this = weakref.ref(section)
+
+    def settle() -> None:
+        section = this()
+        if section is not None:
+            section.settle()
+
+    return settle

@@ -40,6 +40,11 @@ class Unit:
         self._pending: list[Pending] = []
 
     @property
+    def is_behind(self) -> bool:
+        """Whether to gather it would wait for an update that was begun since it was last gathered."""
+        return any(section.is_behind for section in self.sections)
+
+    @property
     def numel(self) -> int:
         """Elements of the unit's buffers, padding included."""
         return sum(section.layout.numel for section in self.sections)

@@ -20,7 +20,7 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
 
 from plain import config_for, start as start_engine
-from zerolith.checkpoint import Disk, blocks
+from zerolith.checkpoint import Disk, Reader, blocks
 from zerolith.checkpoint.blocks import READS_AHEAD, BlockReader, BlockWriter, Span
 from zerolith.checkpoint.content import Part
 from zerolith.checkpoint.manifest import CHUNK_BYTES, checksum
@@ -307,6 +307,21 @@ def test_who_stops_reading_waits_for_what_is_under_way(path: Path, pool: ThreadP
     next(reading)
     reading.close()
     os.close(file)
+
+
+def test_a_reader_without_memory_leaves_no_file_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = start_engine(config_for(1, optimizer={"type": "AdamW"}))
+    engine.save_checkpoint(tmp_path, tag="good")
+    before, threads = os.listdir("/proc/self/fd"), threading.active_count()
+
+    def scarce(nbytes: int) -> memoryview:
+        raise MemoryError("none left")
+
+    monkeypatch.setattr(blocks, "page_buffer", scarce)
+    with pytest.raises(MemoryError, match="none left"):
+        Reader(tmp_path / "good")
+    assert os.listdir("/proc/self/fd") == before
+    assert threading.active_count() == threads
 
 
 def test_a_disk_that_does_not_give_a_checkpoints_bytes_is_named(

@@ -82,7 +82,11 @@ class Reader:
                 if before.id == self.manifest.id:  # else the tag was saved again in between
                     raise
         self._helpers = helpers(READS_AHEAD, "zerolith reader")
-        self._blocks = BlockReader(self.manifest.chunk_bytes, self._helpers)
+        try:
+            self._blocks = BlockReader(self.manifest.chunk_bytes, self._helpers)
+        except BaseException:
+            self.close()
+            raise
 
     def _open_all(self) -> None:
         try:

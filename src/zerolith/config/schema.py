@@ -96,6 +96,7 @@ class BF16(Section):
 
     enabled: bool = key(False, "Compute in bfloat16 with fp32 master weights.")
     check_grad_overflow: bool = key(True, "Skip a step whose gradients hold Inf or NaN.")
+    split_master: bool = key(False, "Keep of masters the 16 bits that weights lack: 2 bytes less for each, same bits.")
 
 
 class TorchAutocast(Section):
@@ -126,6 +127,10 @@ class OffloadOptimizer(Section):
         "none", "none: on the device; cpu: in host memory, stepped there; nvme: in a file, stepped in host memory."
     )
     nvme_path: str | None = key(None, "Folder on a fast disk of each host, for device nvme.")
+    overlap: Literal["none", "forward"] = key(
+        "forward",
+        "At stage 3, forward: updates run behind the next forward, which waits for each unit's; none: in step().",
+    )
     ratio: Share = key(1.0, "Share of masters and states that is offloaded; those of the model's first units stay.")
 
 
@@ -319,6 +324,18 @@ class Config(Section):
         chosen = [f"{mode}.enabled" for mode in modes if getattr(self, mode).enabled]
         if len(chosen) > 1:
             raise ValueError(f"{' and '.join(chosen)} are set together; a run has one precision, keep one")
+        return self
+
+    @model_validator(mode="after")
+    def _splits_what_is_here(self) -> "Config":
+        if self.bf16.split_master and not self.bf16.enabled:
+            raise ValueError("bf16.split_master splits the masters of bf16 weights; set bf16.enabled")
+        for name in ("offload_optimizer", "offload_param"):
+            if self.bf16.split_master and getattr(self.zero_optimization, name).device != "none":
+                raise ValueError(
+                    f"bf16.split_master keeps masters beside the weights, and zero_optimization.{name} parts them; "
+                    "choose one"
+                )
         return self
 
     @model_validator(mode="after")

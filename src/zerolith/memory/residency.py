@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from functools import wraps
+from threading import RLock
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -96,13 +98,29 @@ def wait_for_all(moving: Iterable[Moving]) -> None:
         raise error
 
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _in_turn(method: Method) -> Method:
+    """Let one thread at a time into these methods of an object."""
+
+    @wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return cast(Method, call)
+
+
 class Residency(Generic[K]):
     """Owner of what is elsewhere: the tensors of those sections for which `goes` is true.
 
-    The others are always in memory, and so is everything without a store; the methods do nothing for them.
+    The others are always in memory, and so is everything without a store; the methods do nothing for them. Threads may
+    use different sections at once.
     """
 
     def __init__(self, store: Store | None, keeper: Keeper[K], *, goes: Callable[[K], bool] = lambda own: True) -> None:
+        self._lock = RLock()
         self._store = store
         self._keeper = keeper
         self._goes = goes
@@ -131,6 +149,7 @@ class Residency(Generic[K]):
         """Bytes in the store."""
         return self._store.nbytes if self._store is not None else 0
 
+    @_in_turn
     def prefetch(self, own: K) -> None:
         """Begin to bring a section's tensors into memory."""
         if self._store is None or own not in self._held or own in self._reads or self._depth.get(own):
@@ -165,6 +184,7 @@ class Residency(Generic[K]):
                 if self.swaps(own):
                     self._written.add(own)
 
+    @_in_turn
     def settle(self, *, but: int = 0) -> None:
         """Wait for writes, all but the newest `but` sections' of them, and give their memory back."""
         while len(self._writes) > but:
@@ -173,6 +193,7 @@ class Residency(Generic[K]):
             for held in written:
                 held.storage.resize_(0)
 
+    @_in_turn
     def abandon(self) -> None:
         """Give all tensors memory with undefined content, and the store up: after a failure, to come to an end."""
         if self._store is None:
@@ -192,6 +213,7 @@ class Residency(Generic[K]):
         self._writes.clear()
         self._store = None
 
+    @_in_turn
     def close(self) -> None:
         """Bring everything back into memory and let the store go."""
         if self._store is None:
@@ -203,6 +225,7 @@ class Residency(Generic[K]):
         self._store.close()
         self._store = None
 
+    @_in_turn
     def _enter(self, own: K) -> None:
         depth = self._depth.get(own, 0)
         if not depth:
@@ -212,6 +235,7 @@ class Residency(Generic[K]):
                 self._keeper.show(own)
         self._depth[own] = depth + 1
 
+    @_in_turn
     def _leave(self, own: K) -> None:
         if self._depth[own] > 1:
             self._depth[own] -= 1

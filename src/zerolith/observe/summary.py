@@ -50,7 +50,8 @@ def summarize(sharded: ShardedModel, optimizer: PartitionedOptimizer | None, *, 
 def _offloaded(sharded: ShardedModel, optimizer: PartitionedOptimizer | None) -> str:
     where = ""
     if optimizer is not None and optimizer.residency.is_swapped:
-        where = f", {_share(sharded)}masters and states on disk"
+        what = "masters" if optimizer.is_split else "masters and states"
+        where = f", {_share(sharded)}{what} {optimizer.residency.place}"
     elif sharded.plan.master_device is not None:
         where = f", {_share(sharded)}masters and states in host memory"
     return where + (f", weights {sharded.residency.place}" if sharded.residency.is_swapped else "")
@@ -78,7 +79,8 @@ def _bytes_at_rest(sharded: ShardedModel, kind: str) -> dict[str, int]:
         lies_apart = section.main is None or not section.main.shares_memory_with(section.weights)
         is_aux = kind == "Muon" and section.granularity is Granularity.ELEMENT  # which AdamW steps
         states = STATES["AdamW"] if is_aux else STATES.get(kind, 1)
-        counts["optimizer"] += (states + int(lies_apart)) * sum(master.nbytes for master in masters)
+        of_master = 0.5 if section.is_split else float(lies_apart)
+        counts["optimizer"] += int((states + of_master) * sum(master.nbytes for master in masters))
     return counts
 
 

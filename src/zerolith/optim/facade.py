@@ -16,12 +16,20 @@ class ZeroOptimizer(Optimizer):
     `step()` is the engine's step, `zero_grad()` the engine's. Schedulers may be built on it or on `optimizer`.
     """
 
-    def __init__(self, optimizer: Optimizer, *, step: Callable[[], None], zero_grad: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        step: Callable[[], None],
+        zero_grad: Callable[[], None],
+        settle: Callable[[], None],  # waits for updates that run behind
+    ) -> None:
         # Not super().__init__: groups and state are the client's own objects and stay in its hands.
         self.optimizer = optimizer
         self.defaults = optimizer.defaults
         self._step = step
         self._zero_grad = zero_grad
+        self._settle = settle
         self.overflow = False  # whether the last step was skipped because gradients were not finite
         self.loss_scale = 1.0
 
@@ -31,6 +39,7 @@ class ZeroOptimizer(Optimizer):
 
     @property
     def state(self) -> Any:  # type: ignore[override]  # a defaultdict attribute in torch
+        self._settle()
         return self.optimizer.state
 
     @property
@@ -55,10 +64,12 @@ class ZeroOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the optimizer's state, in torch's form."""
+        self._settle()
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what `state_dict` gave on the same rank at the same world size."""
+        self._settle()
         self.optimizer.load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

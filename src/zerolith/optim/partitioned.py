@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -22,8 +23,10 @@ from zerolith.errors import OffloadError, OptimizerError
 from zerolith.gradients import Gradients
 from zerolith.layout import Range, merge_runs
 from zerolith.memory import Residency, SwapFile
+from zerolith.optim.behind import Behind, alike, can_run_behind, options_of
 from zerolith.optim.exchange import WholeTensors
 from zerolith.optim.one_pass import OnePass
+from zerolith.optim.split_masters import SplitMasters, can_split
 from zerolith.section import Granularity, Section
 
 SMALLEST_KEPT = 4096  # bytes of a state that is worth a place on disk
@@ -50,7 +53,14 @@ class PartitionedOptimizer:
     """Owner of the pieces of all sections; steps them with `inner`."""
 
     def __init__(
-        self, inner: Optimizer, gradients: Sequence[Gradients], comm: Comm, *, swap: SwapFile | None = None
+        self,
+        inner: Optimizer,
+        gradients: Sequence[Gradients],
+        comm: Comm,
+        *,
+        swap: SwapFile | None = None,
+        overlaps: bool = False,  # let updates of what is offloaded run behind the next forward, where they may
+        splits: bool = False,  # keep masters as what their weights lack, where that can be
     ) -> None:
         self.inner = inner
         self.comm = comm
@@ -62,11 +72,15 @@ class PartitionedOptimizer:
         given = {id(param): state for param, state in inner.state.items()}
         inner.state.clear()
         self._carry_over(given)
-        self._hidden: dict[nn.Parameter, State] = {}  # states of pieces that are on disk
-        self.residency = Residency(swap, self, goes=lambda own: own.section.is_offloaded)
+        self._hidden: dict[nn.Parameter, State] = {}  # of pieces that are not in memory
+        self.is_split = splits
+        self.residency = self._make_residency(swap)
+        self._behind = Behind(comm.device)
+        self._is_behind = False  # whether updates have begun since `catch_up`
         self._hand_over(*self.gradients)
         for own in self.gradients:
-            own.section.resident = partial(self.residency.resident, own)
+            own.runs_behind = overlaps and can_run_behind(inner, own)
+            own.section.resident = partial(self._resident, own)
             with self.residency.resident(own):
                 pass  # from here on it is on disk
 
@@ -81,22 +95,47 @@ class PartitionedOptimizer:
 
         Gradients are multiplied by `grad_factor`. used: per section, per parameter. A parameter without a gradient on
         any rank keeps its value, its momentum and its own step count. Collective. Raises OffloadError, on every rank,
-        if a state cannot be brought from disk or back to it; weights and states are a mixture of two steps then.
+        if a state cannot be brought from disk or back to it; weights and states are a mixture of two steps then. Where
+        updates run behind, it is `catch_up` that raises it.
         """
         self._check_groups()
-        if isinstance(self.inner, OnePass):
-            self.inner.grad_factor = grad_factor
-        else:
-            for own in self.gradients:
-                own.scale(grad_factor)
         flags_of = dict(zip(self.gradients, used, strict=True))
-        here, swapped = self.here(), [own for own in self.gradients if self.residency.swaps(own)]
         error = self._cut_by_use(flags_of)
-        if here:
-            self._step_together({own: flags_of[own] for own in here})
+        behind = {own: flags for own, flags in flags_of.items() if own.runs_behind}
+        swapped = {own: flags_of[own] for own in self.gradients if self.residency.swaps(own) and own not in behind}
+        here = {own: flags_of[own] for own in self.gradients if own not in behind and own not in swapped}
+        if here or behind:  # a step of nothing, too: schedulers look for one
+            self._step_together(here, self.inner, grad_factor)
             publish([own.section for own in here])
         if swapped:
-            self._step_in_turn({own: flags_of[own] for own in swapped}, publish, error)
+            self._step_in_turn(swapped, publish, grad_factor, error)
+        if behind:
+            self._step_behind(behind, grad_factor, error)
+
+    def catch_up(self) -> None:
+        """Wait for updates that run behind. Collective, if a step has begun any since the last time.
+
+        Raises OffloadError on every rank if one has failed, as `step` does.
+        """
+        if not self._is_behind:
+            return
+        self._is_behind = False
+        self._behind.settle_all()
+        for own in self.gradients:
+            own.section.is_behind = False
+        try:
+            agree(self.comm, self._behind.take_error(), doing="an update behind the forward", kind=OffloadError)
+        except OffloadError:
+            self.residency.abandon()
+            raise
+
+    def _make_residency(self, swap: SwapFile | None) -> Residency[Gradients]:
+        if not self.is_split:
+            return Residency(swap, self, goes=lambda own: own.section.is_offloaded)
+        for own in self.gradients:
+            own.section.is_split = can_split(own.section)
+        store = SplitMasters(own.section for own in self.gradients if own.section.is_split)
+        return Residency(store, self, goes=lambda own: own.section.is_split)
 
     def _cut_by_use(self, used: Mapping[Gradients, Sequence[bool]]) -> OffloadError | None:
         """Cut pieces of which only some parameters had a gradient; after an error, which is returned, all are here."""
@@ -115,6 +154,7 @@ class PartitionedOptimizer:
         self,
         used: Mapping[Gradients, Sequence[bool]],
         publish: Callable[[Sequence[Section]], None],
+        grad_factor: float,
         error: OffloadError | None,
     ) -> None:
         """A section at a time, as they come into memory; raises what went wrong here or before, on every rank."""
@@ -124,14 +164,14 @@ class PartitionedOptimizer:
             try:
                 with self.residency.resident(own):
                     self.residency.prefetch(after)
-                    self._step_together({own: flags})
+                    self._step_together({own: flags}, self.inner, grad_factor)
                     publish([own.section])
                     is_stepped = True
             except OffloadError as caught:
                 error = caught
                 self.residency.abandon()
                 if not is_stepped:  # the other ranks wait for this one's part, whatever is in it
-                    self._step_together({own: flags})
+                    self._step_together({own: flags}, self.inner, grad_factor)
                     publish([own.section])
         try:
             agree(self.comm, error, doing="stepping from disk", kind=OffloadError)
@@ -139,23 +179,55 @@ class PartitionedOptimizer:
             self.residency.abandon()  # on every rank, so that all of them step alike if they load and go on
             raise
 
+    def _step_behind(
+        self, used: Mapping[Gradients, Sequence[bool]], grad_factor: float, error: OffloadError | None
+    ) -> None:
+        """Let them be stepped in the order in which forward meets them."""
+        self._is_behind, self._behind.error = True, error
+        order, options = [*used][::-1], options_of(self.inner)
+
+        def update(own: Gradients, after: Gradients) -> None:
+            params: list[list[Tensor]] = [[] for _ in options]
+            for piece in self.pieces[own]:
+                params[piece.group].append(piece.param)
+            try:
+                with self.residency.resident(own):
+                    self.residency.prefetch(after)
+                    self._step_together({own: used[own]}, alike(self.inner, options, params), grad_factor)
+                    own.section.start_publish().wait()
+            except OffloadError:
+                self.residency.abandon()
+                raise
+
+        following = order[1:] + order[:1]
+        self._behind.start({own: partial(update, own, after) for own, after in zip(order, following, strict=True)})
+
+    def _resident(self, own: Gradients) -> AbstractContextManager[None]:
+        self._behind.settle(own)
+        return self.residency.resident(own)
+
     def here(self) -> list[Gradients]:
         """Sections that are always in memory."""
         return [own for own in self.gradients if not self.residency.swaps(own)]
 
-    def _step_together(self, used: Mapping[Gradients, Sequence[bool]]) -> None:
+    def _step_together(self, used: Mapping[Gradients, Sequence[bool]], inner: Optimizer, grad_factor: float) -> None:
+        """Step the pieces of some sections with `inner`, which has the options."""
+        is_one_pass = isinstance(inner, OnePass)
         for own, flags in used.items():
+            if not is_one_pass:
+                own.scale(grad_factor)
             self._set_grads(own, flags)
-        self.is_stepping = True
+        self.is_stepping = inner is self.inner
         try:
-            if isinstance(self.inner, OnePass):
-                self.inner.outs = dict(chain.from_iterable(map(self._casts, used)))
-            self.inner.step()
+            if isinstance(inner, OnePass):
+                inner.grad_factor = grad_factor
+                inner.outs = dict(chain.from_iterable(map(self._casts, used)))
+            inner.step()
             for own in used:
-                own.section.is_cast = isinstance(self.inner, OnePass) and own.section.cast_target is not None
+                own.section.is_cast = is_one_pass and own.section.cast_target is not None
         finally:
             self.is_stepping = False
-            for group in self.inner.param_groups:
+            for group in inner.param_groups:
                 for param in group["params"]:
                     param.grad = None
         for own in used:
@@ -164,12 +236,12 @@ class PartitionedOptimizer:
                     self.whole[own].put_values(own.section.weights.own())
 
     def kept(self, own: Gradients) -> Iterator[Tensor]:
-        """A section's masters, unless they are its weights, and all its states of more than a few elements."""
+        """A section's masters, unless they are its weights, and its states of more than a few elements if they go."""
         section = own.section
         if section.main is not None and not section.main.shares_memory_with(section.weights):
             yield section.main.data
         yield from section.masters.values()
-        for piece in self.pieces[own]:
+        for piece in self.pieces[own] if not self.is_split else ():
             for value in self.inner.state.get(piece.param, {}).values():
                 if isinstance(value, Tensor) and value.nbytes >= SMALLEST_KEPT:
                     yield value
@@ -189,6 +261,11 @@ class PartitionedOptimizer:
         for piece in self.pieces[own]:
             if piece.param in self.inner.state:
                 self._hidden[piece.param] = self.inner.state.pop(piece.param)
+
+    def every_state(self) -> Iterator[State]:
+        """The states of all pieces; large tensors of those on disk have no memory."""
+        yield from self.inner.state.values()
+        yield from self._hidden.values()
 
     def group_of(self, param: Tensor) -> Mapping[str, Any]:
         """The options with which a stepped tensor is stepped."""
@@ -221,6 +298,7 @@ class PartitionedOptimizer:
 
     def let_go(self) -> None:
         """Give the optimizer back as it came: over the client's tensors, without state."""
+        self._behind.close()
         self.residency.close()
         self.inner.state.clear()
         for group, params in zip(self.inner.param_groups, self._given, strict=False):  # groups added since stay

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -36,8 +37,12 @@ class GatheredParameters:
         self._owners = [owner for owner in map(owner_of, distinct.values()) if owner is not None]
         origins = [param.origin for param in distinct.values() if isinstance(param, ShardedParameter)]
         self._origins = [origin for origin in origins if isinstance(origin, Origin)]
+        self._masters = ExitStack()
 
     def __enter__(self) -> None:
+        for section in dict.fromkeys(owner.place.section for owner in self._owners):
+            if self.modifier_rank is not None and section.is_split and not section.is_sharded:
+                self._masters.enter_context(section.resident())  # before the weights are written to
         for owner in self._owners:
             owner.place.unit.uses += 1
             owner.place.unit.gather()
@@ -58,6 +63,7 @@ class GatheredParameters:
                 owner.place.unit.uses -= 1
                 if owner.place.unit.uses == 0 and not in_backward():
                     owner.place.unit.release()
+            self._masters.close()
 
     @torch.no_grad()
     def _keep_edits(self, source: int) -> None:

@@ -25,6 +25,7 @@ class Owner:
 
     @property
     def gradients(self) -> Gradients | None:
+        self.place.section.settle()
         return self.sharded.gradients_of(self.place.section)
 
     def resident(self) -> AbstractContextManager[None]:

@@ -1,0 +1,128 @@
+"""Updates that run behind the forward that follows them, a section at a time, in a thread of their own.
+
+[Note: behind] From `start` to `settle` a section belongs to that thread: masters, states, gradients, weights at rest.
+Everyone else comes to these through Section.resident, Section.near and what a stand-in holds, which settle it first. So
+a forward waits for a unit's update just before it gathers the unit, while those of later units go on. All that decides
+the update, gradient norm and options included, is known before it starts: the bits are those of a step that waits.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from zerolith.errors import OffloadError
+from zerolith.gradients import Gradients
+from zerolith.memory.threads import helpers, start_task
+from zerolith.section import Granularity
+
+KNOWN = ("torch", "zerolith")  # whose optimizers keep nothing but groups and states from step to step
+
+
+class Behind:
+    """Owner of the thread, and of the gradients that it has not used yet."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.error: OffloadError | None = None  # the first, until someone takes it
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None  # beside the one that computes
+        self._thread: ThreadPoolExecutor | None = None
+        self._tasks: dict[Gradients, Future[None]] = {}
+        self._ident = 0  # of the thread, while it updates
+
+    def start(self, updates: Mapping[Gradients, Callable[[], None]]) -> None:
+        """Begin to make the calls, each of which updates the masters and weights of one section, in order."""
+        self._thread = self._thread or helpers(1, "zerolith optimizer")
+        ready = None
+        if self._device.type == "cuda":
+            self._stream = self._stream or torch.cuda.Stream(self._device)
+            ready = torch.cuda.current_stream(self._device).record_event()
+        for own, update in updates.items():
+            own.is_held = own.section.is_behind = True
+            own.section.settle = partial(self.settle, own)
+            self._tasks[own] = start_task(self._thread, partial(self._run, update, ready))
+
+    def settle(self, own: Gradients) -> None:
+        """Wait for a section's update, if it has one. Its error is kept: no rank may leave the others alone in here."""
+        if own not in self._tasks or self._ident == threading.get_ident():
+            return
+        try:
+            self._end(own).result()
+        except OffloadError as error:
+            self.error = self.error or error
+
+    def settle_all(self) -> None:
+        """Wait for all updates."""
+        for own in list(self._tasks):
+            self.settle(own)
+
+    def take_error(self) -> OffloadError | None:
+        """What went wrong since this was last asked."""
+        error, self.error = self.error, None
+        return error
+
+    def close(self) -> None:
+        """Wait for all updates, whatever comes of them, and let the thread go."""
+        for own in list(self._tasks):
+            self._end(own)
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    def _end(self, own: Gradients) -> Future[None]:
+        wait([self._tasks[own]])
+        own.section.settle = lambda: None
+        own.is_held = False
+        own.reset()
+        return self._tasks.pop(own)
+
+    @torch.no_grad()
+    def _run(self, update: Callable[[], None], ready: torch.cuda.Event | None) -> None:
+        self._ident = threading.get_ident()
+        try:
+            with ExitStack() as beside:
+                if self._stream is not None and ready is not None:
+                    beside.enter_context(torch.cuda.stream(self._stream))
+                    self._stream.wait_event(ready)
+                    beside.callback(self._stream.synchronize)
+                update()
+        finally:
+            self._ident = 0
+
+
+def can_run_behind(inner: Optimizer, own: Gradients) -> bool:
+    """Whether `inner` may step a section while others compute: nobody can see its weights before they are new."""
+    section = own.section
+    is_ours = section.is_offloaded and section.plan.master_device is not None and section.is_sharded
+    is_known = type(inner).__module__.partition(".")[0] in KNOWN
+    return is_ours and is_known and section.main is not None and section.granularity is Granularity.ELEMENT
+
+
+def options_of(inner: Optimizer) -> list[dict[str, Any]]:
+    """Every group's options as they are now: a scheduler may change them while the update runs."""
+    return [
+        {
+            name: value.clone() if isinstance(value, Tensor) else value
+            for name, value in group.items()
+            if name != "params"
+        }
+        for group in inner.param_groups
+    ]
+
+
+def alike(inner: Optimizer, options: Sequence[Mapping[str, Any]], params: Sequence[Sequence[Tensor]]) -> Optimizer:
+    """An optimizer that shares the states of `inner` and has groups of its own, without its hooks."""
+    other: Optimizer = object.__new__(type(inner))
+    other.__dict__.update(inner.__dict__)
+    other.__dict__.pop("step", None)  # a scheduler's, which would step `inner`
+    other._optimizer_step_pre_hooks, other._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+    other.param_groups = [{**group, "params": [*given]} for group, given in zip(options, params, strict=True)]
+    return other
