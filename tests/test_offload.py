@@ -6,6 +6,7 @@ import errno
 import gc
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -338,6 +339,81 @@ def test_a_disk_that_fails_ends_all_ranks_with_the_cause(
     for text in run_ranks(2, body):
         assert "Input/output error while" in text
         assert str(tmp_path / "swap") in text
+
+
+class HalfUsed(nn.Module):
+    """One parameter is not used every other time, so that pieces are cut in the second step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.always, self.rare, self.calls = nn.Linear(8, 300), nn.Linear(8, 300), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return (self.always(x) + (self.rare(x) if self.calls % 2 else 0)).square().mean()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_disk_that_fails_while_pieces_are_cut_ends_all_ranks(
+    stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*args: Any) -> int:
+        raise OSError(5, "Input/output error")
+
+    def body() -> None:
+        config = config_for(stage, "nvme", tmp_path, gradient_accumulation_steps=1)
+        engine = zerolith.initialize(model=HalfUsed(), config=config)[0]
+        engine.backward(engine(torch.ones(2, 8)))
+        engine.step()
+        engine._partitioned.catch_up()
+        engine._partitioned.residency.settle()
+        if engine.global_rank == 1:
+            monkeypatch.setattr("os.preadv", failing)
+        with pytest.raises(OffloadError, match="Input/output error"):
+            for _ in range(2):
+                engine.backward(engine(torch.ones(2, 8)))
+                engine.step()
+        engine.destroy()
+
+    run_ranks(2, body)
+
+
+def test_lending_leaves_alone_what_is_on_its_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def body(device: str) -> Any:
+        engine = start(3, device, tmp_path, bf16={"enabled": True})
+        losses = train_on(engine, DATA[:2])
+        for include in (["optim_states"], None):
+            engine.offload_states(include)
+            engine.reload_states()
+            losses += train_on(engine, DATA[2:4])
+        return losses, whole_weights(engine), whole_masters(engine)
+
+    def late(real: Callable[..., None]) -> Callable[..., None]:
+        return lambda *args: (time.sleep(0.02), real(*args))[1]
+
+    for name in ("_read_block", "_write_block"):
+        monkeypatch.setattr(SwapFile, name, late(getattr(SwapFile, name)))
+    assert_same(run_ranks(2, body, "nvme"), run_ranks(2, body, "none"))
+
+
+def test_a_state_dict_of_states_on_disk_is_refused(tmp_path: Path) -> None:
+    engine = start(2, "nvme", tmp_path)
+    train_on(engine, DATA[:1])
+    for call in (engine.optimizer.state_dict, lambda: engine.optimizer.load_state_dict({})):
+        with pytest.raises(UsageError, match=r"on disk .* use engine.save_checkpoint"):
+            call()
+    engine.destroy()
+
+
+def test_who_leaves_after_the_store_was_given_up_just_leaves(tmp_path: Path) -> None:
+    engine = start(2, "nvme", tmp_path)
+    residency = engine._partitioned.residency
+    own = engine._partitioned.gradients[0]
+    residency._enter(own)
+    residency.abandon()
+    residency._leave(own)
+    engine.destroy()
 
 
 def test_a_flipped_bit_on_disk_is_not_stepped_with(tmp_path: Path) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
+import os
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,18 +136,37 @@ def test_torch_optimizers_and_schedulers_of_the_client(name: str, tmp_path: Path
         del config["optimizer"], config["scheduler"]
         model = make_gpt()
         optimizer = OPTIMIZERS[name](list(model.parameters()))
-        steps = []
-        optimizer.register_step_post_hook(lambda *_: steps.append(1))
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # torch's, of schedulers that come before steps
             engine = zerolith.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)[0]
             losses = train_on(engine, DATA)
-        assert len(steps) == len(DATA)
+        assert bool(lagging.seen) == (overlap == "forward")
         return losses, whole_weights(engine)
 
     assert_same(run_ranks(2, body, "forward"), run_ranks(2, body, "none"))
-    assert lagging.seen == []  # of this process
+
+
+def halve(optimizer: Any, args: Any, kwargs: Any) -> None:
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad.mul_(0.5)
+
+
+def test_who_looks_on_at_steps_sees_gradients_and_results(tmp_path: Path, lagging: Slow) -> None:
+    def body(overlap: str) -> Any:
+        engine, seen = start(overlap, tmp_path), []
+        inner = engine.basic_optimizer
+        losses = train_on(engine, DATA[:2])
+        handles = [inner.register_step_pre_hook(halve)]
+        handles += [inner.register_step_post_hook(lambda *_: seen.append(whole_masters(engine)))]
+        losses += train_on(engine, DATA[2:4])
+        assert len(seen) == 2
+        for handle in handles:
+            handle.remove()
+        return losses + train_on(engine, DATA[4:]), seen, whole_weights(engine)
+
+    assert_same(run_ranks(2, body, "forward"), run_ranks(2, body, "none"))
 
 
 class Counting(torch.optim.SGD):
@@ -226,6 +248,14 @@ def read_one_shard(engine: Any, folder: Path) -> Any:
     return engine.module.blocks[2].up.weight.local.clone()
 
 
+def read_the_shards_of_a_block(engine: Any, folder: Path) -> Any:
+    return {name: value.local.clone() for name, value in engine.module.blocks[2].state_dict().items()}
+
+
+def read_what_was_detached(engine: Any, folder: Path) -> Any:
+    return [param.detach().local.clone() for param in engine.module.parameters()]
+
+
 def load_a_state_dict(engine: Any, folder: Path) -> Any:
     engine.module.load_state_dict(make_gpt(seed=5).state_dict())
 
@@ -299,7 +329,8 @@ def only_the_last_block(engine: Any, folder: Path) -> Any:
 
 
 BETWEEN = [
-    read_masters, read_local_parts, read_gradients, read_the_shards_of_a_state_dict, read_one_shard, load_a_state_dict,
+    read_masters, read_local_parts, read_gradients, read_the_shards_of_a_state_dict, read_one_shard,
+    read_the_shards_of_a_block, read_what_was_detached, load_a_state_dict,
     copy_into_a_shard, copy_the_model, edit_gathered, edit_a_master, read_the_optimizer, save_and_load,
     load_an_older_checkpoint, save_16bit, lend, evaluate, start_over, drop_gradients, only_the_last_block,
 ]  # fmt: skip
@@ -385,16 +416,114 @@ def test_a_disk_that_fails_behind_ends_all_ranks_at_the_next_call(
     assert_same(list(losses), run_ranks(2, undisturbed))
 
 
-def test_any_other_failure_is_told_where_its_section_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Slow:
+    """The second block cannot be updated on rank 0 from the second step on."""
+    slow: Slow
+
     def before(section: Any) -> None:
-        if section.name.startswith("blocks.1"):
+        if section.name.startswith("blocks.1") and any(each is section for each in slow.seen) and not zerolith_rank():
             raise ArithmeticError("no such number")
+
+    slow = Slow(monkeypatch, before)
+    return slow
+
+
+def test_any_other_failure_ends_all_ranks_too(tmp_path: Path, failing: Slow) -> None:
+    def body() -> None:
+        engine = start("forward", tmp_path)
+        train_on(engine, DATA[:2])
+        with pytest.raises(OffloadError, match="ArithmeticError in an update: no such number"):
+            train_on(engine, DATA[2:3])
+        with pytest.raises(UsageError, match="the last step failed half-way"):
+            engine(DATA[1][:4])
+        engine.destroy()
+
+    run_ranks(2, body)
+
+
+@pytest.mark.parametrize("read", [read_the_shards_of_a_state_dict, read_one_shard, read_the_optimizer])
+def test_after_a_failure_nobody_is_given_weights_that_are_not_new(
+    read: Callable[[Any, Path], Any], tmp_path: Path, failing: Slow
+) -> None:
+    engine = start("forward", tmp_path)
+    train_on(engine, DATA[:2])
+    if read is read_one_shard:
+        engine.module.blocks[0].up.weight.local  # noqa: B018  # it was updated before the failure
+    with pytest.raises(OffloadError, match=r"the last update of .* failed"):
+        read(engine, tmp_path)
+    engine.destroy()
+
+
+def test_the_end_tells_of_a_failure(tmp_path: Path, failing: Slow, caplog: pytest.LogCaptureFixture) -> None:
+    engine = start("forward", tmp_path)
+    train_on(engine, DATA[:2])
+    engine.destroy()
+    assert "the last step failed" in caplog.text
+    assert "no such number" in caplog.text
+
+
+def test_loading_mends_a_failure(tmp_path: Path, failing: Slow) -> None:
+    def body() -> Any:
+        engine = start("forward", tmp_path)
+        train_on(engine, DATA[:1])
+        engine.save_checkpoint(tmp_path)
+        train_on(engine, DATA[1:2])
+        engine.load_checkpoint(tmp_path)
+        failing.seen.clear()
+        return train_on(engine, DATA[1:2]), read_the_shards_of_a_state_dict(engine, tmp_path)
+
+    def undisturbed() -> Any:
+        engine = start("none", tmp_path)
+        return train_on(engine, DATA[:2])[2:], read_the_shards_of_a_state_dict(engine, tmp_path)
+
+    assert_same(run_ranks(2, body), run_ranks(2, undisturbed))
+
+
+def test_an_engine_that_is_dropped_on_the_updating_thread_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dropped = threading.Event()
+
+    def before(section: Any) -> None:
+        if section.name.startswith("blocks.2"):
+            assert dropped.wait(PATIENCE_S)
+            gc.collect()
 
     Slow(monkeypatch, before)
     engine = start("forward", tmp_path)
+    model = engine.module
     train_on(engine, DATA[:1])
-    with pytest.raises(ArithmeticError, match="no such number"):
-        engine(DATA[1][:4])
+    gone = weakref.ref(engine)
+    gc.disable()
+    del engine
+    gc.enable()
+    dropped.set()
+    deadline = time.monotonic() + PATIENCE_S
+    while any("zerolith" in thread.name for thread in threading.enumerate()):
+        assert time.monotonic() < deadline, "a thread waits for itself"
+        time.sleep(0.01)
+    assert gone() is None
+    assert all(torch.isfinite(param.local).all() for param in model.parameters())
+
+
+def test_a_fork_in_the_midst_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forked = threading.Event()
+    Slow(monkeypatch, lambda section: forked.wait(PATIENCE_S) and None)
+    engine = start("forward", tmp_path)
+    train_on(engine, DATA[:1])
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            engine.module.blocks[0].up.weight.local  # noqa: B018  # it is a property
+        except UsageError as error:
+            os.write(writing, str(error).encode())
+        os._exit(0)
+    forked.set()
+    os.close(writing)
+    assert b"forked while weights were being updated" in os.read(reading, 1000)
+    os.close(reading)
+    os.waitpid(child, 0)
+    train_on(engine, DATA[1:2])
     engine.destroy()
 
 

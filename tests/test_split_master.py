@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from harness import run_ranks
 from models import assert_same, make_gpt, token_batches, train_on, whole_masters, whole_weights, zero_config
 from plain import world_size
 from zerolith import kernels
-from zerolith.errors import ConfigError
+from zerolith.errors import ConfigError, IntegrityError
 from zerolith.optim.split_masters import Remainder, SplitMasters
 from zerolith.zero import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_fp32_param
 
@@ -125,6 +126,80 @@ def test_an_edit_in_place_is_kept() -> None:
     engine.destroy()
 
 
+def test_a_weight_that_is_set_to_nothing_has_a_number_for_master() -> None:
+    engine = start(1, splits=True)
+    train_on(engine, DATA[:3])
+    param = engine.module.blocks[1].up.weight
+    with torch.no_grad():
+        param[:8] = 0
+    assert torch.isfinite(safe_get_full_fp32_param(param)).all(), "also before the next step looks for edits"
+    engine.destroy()
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_master_that_is_set_twice_is_what_was_set_last(stage: int) -> None:
+    """The second time to a tie, whose weight rounded away from zero is that of the first."""
+    engine = start(stage, splits=True)
+    train_on(engine, DATA[:1])
+    param = engine.module.blocks[1].up.weight
+    first, second = 1.0078125, 1.00390625
+    for value in (first, second):
+        safe_set_full_fp32_param(param, torch.full((128, 32), value))
+    assert (safe_get_full_fp32_param(param) == second).all()
+    engine.destroy()
+
+
+def test_damaged_remainders_and_states_are_found() -> None:
+    for what in ("remainders", "exp_avg"):
+        engine = start(2, splits=True, integrity_interval=1)
+        train_on(engine, DATA[:1])
+        own = engine._partitioned.gradients[3]
+        state = engine._partitioned.state_of(engine._partitioned.pieces[own][0].param)
+        kept = engine._partitioned.split_masters.of(own.section).bits if what == "remainders" else state["exp_avg"]
+        kept.numpy()[7] += 1  # past torch's count of writes
+        with pytest.raises(IntegrityError, match=f"{what} of {re.escape(own.section.name)}"):
+            train_on(engine, DATA[1:2])
+        engine.destroy()
+
+
+def test_replicas_of_split_masters_are_compared_at_stage_0() -> None:
+    def body(damage: bool) -> str:
+        engine = start(0, splits=True, integrity_interval=1)
+        train_on(engine, DATA[:1])
+        if damage and engine.global_rank == 1:
+            own = engine._partitioned.gradients[0]
+            with engine._partitioned.residency.resident(own):
+                own.section.main.data[3] += 2**-20
+        try:
+            train_on(engine, DATA[1:2])
+        except IntegrityError as error:
+            return str(error)
+        return ""
+
+    assert run_ranks(2, body, False) == ["", ""]
+    for text in run_ranks(2, body, True):
+        assert "master of" in text
+
+
+def test_the_optimizers_state_dict_has_everything() -> None:
+    whole, split = start(1, splits=False), start(1, splits=True)
+    for engine in (whole, split):
+        train_on(engine, DATA[:2])
+    assert_same(split.optimizer.state_dict()["state"], whole.optimizer.state_dict()["state"])
+    other = start(1, splits=True)
+    train_on(other, DATA[2:3])
+    other.optimizer.load_state_dict(split.optimizer.state_dict())
+    assert_same(other.optimizer.state_dict()["state"], whole.optimizer.state_dict()["state"])
+    train_on(other, DATA[3:4])
+
+
+def test_the_end_needs_no_memory_for_masters(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = start(1, splits=True)
+    train_on(engine, DATA[:2])
+    monkeypatch.setattr(SplitMasters, "read", None)
+    engine.destroy()
+
+
 # --- bytes --------------------------------------------------------------------------------------
 
 
@@ -135,7 +210,7 @@ def bytes_at_rest(engine: Any) -> dict[str, int]:
     masters = sum(section.main.data.untyped_storage().nbytes() for section in engine._sharded.sections)
     states = {
         value.untyped_storage()._cdata: value.untyped_storage().nbytes()
-        for state in engine._partitioned.every_state()
+        for state in engine._partitioned.states_here()
         for value in state.values()
         if value.dim()
     }
@@ -153,8 +228,14 @@ def test_ten_bytes_for_each_parameter() -> None:
     assert 2 * numel <= at_rest["remainders"] <= 2 * numel + 12 * numel // 2**13, "a few ties"
     assert "masters as remainders of the weights" in str(engine.summary())
     assert engine.summary().bytes_per_rank["optimizer"] == 10 * numel
+    engine.offload_states()
+    assert bytes_at_rest(engine) == {"masters": 0, "states": 0, "remainders": at_rest["remainders"]}
+    store = engine._partitioned.split_masters
+    kept = [tensor for section in engine._sharded.sections for tensor in store.of(section).tensors()]
+    assert not any(tensor.untyped_storage().nbytes() for tensor in kept), "lent, like the rest"
+    engine.reload_states()
+    train_on(engine, DATA[:1])
     engine.destroy()
-    assert sum(section.main is not None for section in engine._sharded.sections) == 0
 
 
 # --- the store ----------------------------------------------------------------------------------
@@ -165,6 +246,9 @@ class Beside:
 
     def __init__(self, masters: Tensor, weights: Tensor) -> None:
         self.main, self.weights = Held(masters), Held(weights)
+
+    def edited(self) -> bool:
+        return False
 
 
 class Held:

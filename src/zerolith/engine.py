@@ -18,6 +18,7 @@ from zerolith.checkpoint import Sharded
 from zerolith.checkpoints import WEIGHTS
 from zerolith.comm import CommsLog
 from zerolith.config import Config
+from zerolith.ending import let_go, let_go_aside
 from zerolith.errors import UsageError
 from zerolith.forward import Forward
 from zerolith.integrity import Integrity
@@ -29,7 +30,7 @@ from zerolith.precision import LossScaler
 from zerolith.sharded_model import ShardedModel
 from zerolith.status import StepReport
 from zerolith.zero.marks import apply_remembered
-from zerolith.zero.owners import forget, register
+from zerolith.zero.owners import register
 
 logger = logging.getLogger("zerolith")
 
@@ -78,6 +79,13 @@ class Engine(Lending):
                 overlaps=overlaps,
                 splits=config.bf16.split_master,
             )
+            self.optimizer = ZeroOptimizer(
+                optimizer,
+                step=self.step,
+                zero_grad=self.zero_grad,
+                settle=sharded.settle,
+                all_shown=self._partitioned.all_shown,
+            )
         self.basic_optimizer = optimizer
         sharded.reducer.before_first = _weakly(self, Engine._on_backward)
         self._integrity = Integrity(Sharded(sharded, self._partitioned), interval=config.integrity_interval)
@@ -87,16 +95,13 @@ class Engine(Lending):
         if config.comms_logger.enabled:
             sharded.comm.log = sharded.comm.log or CommsLog()
         handles = [*handles, self._phase, watch, module.register_forward_hook(_weakly(self, Engine._watch_output))]
-        if optimizer is not None:
-            handles.append(optimizer.register_step_pre_hook(_weakly(self, Engine._refuse_outside)))
-            self.optimizer = ZeroOptimizer(optimizer, step=self.step, zero_grad=self.zero_grad, settle=sharded.settle)
         comm, micro = sharded.comm, self._micro
         of_ranks = (1 if config.gradient_allreduce_op == "sum" else comm.size) / config.gradient_predivide_factor
         # What a sum of gradients is divided by, loss scale included. Not a method: that would keep a dropped engine
         # alive.
         self._terms: Callable[[], float] = lambda: of_ranks * micro.per_step * scaler.scale
         register(sharded, self._partitioned, self._terms)
-        self._finalizer = weakref.finalize(self, _let_go, sharded, self._partitioned, handles, os.getpid())
+        self._finalizer = weakref.finalize(self, let_go_aside, sharded, self._partitioned, handles, os.getpid())
         self._finalizer.atexit = False
         apply_remembered(module)
 
@@ -130,6 +135,7 @@ class Engine(Lending):
             raise UsageError(f"backward() takes a loss of one element, not {what}")
         if not loss.requires_grad:
             raise UsageError("the loss does not depend on any trainable parameter (it has requires_grad=False)")
+        self._catch_up()
         steps = self._micro.per_step
         # The mean over micro-batches is taken once, at the step. A loss that is divided already is multiplied back.
         whole = loss if scale_wrt_gas else loss * steps
@@ -263,7 +269,8 @@ class Engine(Lending):
         """
         self._check_alive()
         self._in_backward = self._managed = False
-        self._sharded.settle()
+        if self._partitioned is not None:
+            self._partitioned.settle()
         self._sharded.reset()
         self._micro.drop()
 
@@ -304,7 +311,9 @@ class Engine(Lending):
         self._sharded.detach()
         for forward in reversed(self._compiled):
             forward.remove()
-        self._finalizer()
+        ended = self._finalizer.detach()
+        if ended is not None:
+            let_go(*ended[2])
         self._partitioned = self.optimizer = self.basic_optimizer = self.lr_scheduler = None
         self.training_dataloader = None
 
@@ -320,7 +329,8 @@ class Engine(Lending):
 
     def _enter_backward(self) -> None:
         self._check_here()
-        self._catch_up()
+        if self._partitioned is not None:
+            self._partitioned.settle()
         self._in_backward = True
         self._micro.backward_begun()
         resting = self._sharded.plan.partitioning.rests_partial and not self._micro.is_last()
@@ -352,40 +362,12 @@ class Engine(Lending):
         self._enter_backward()
         torch.autograd.Variable._execution_engine.queue_callback(_weakly(self, Engine._leave_backward))
 
-    def _refuse_outside(self, *_: Any) -> None:
-        if self._partitioned is not None and not self._partitioned.is_stepping:
-            raise UsageError(
-                "this optimizer's step() would see no gradients: call engine.step(), or step() of the optimizer that "
-                "initialize returned"
-            )
-
     def _autocast(self) -> Any:  # a context manager
         dtype = self._sharded.plan.precision.autocast
         return torch.autocast(self.device.type, dtype=dtype) if dtype is not None else nullcontext()
 
     def _cast(self, value: Tensor) -> Tensor:
         return value.to(self._sharded.plan.precision.compute) if value.is_floating_point() else value
-
-
-def _let_go(sharded: ShardedModel, partitioned: PartitionedOptimizer | None, handles: list[Any], pid: int) -> None:
-    """Leave the model and the client's optimizer to themselves; also when an engine is dropped without destroy()."""
-    if os.getpid() != pid:
-        return  # a child that this process has forked: threads and files are its parent's
-    for handle in handles:
-        handle.remove()
-    forget(sharded)
-    if partitioned is not None:
-        partitioned.let_go()
-    sharded.reducer.remove_hooks()
-    if not any(section.is_sharded for section in sharded.sections):
-        sharded.detach()  # else forward hooks stay: they make the model whole where it is used
-    sharded.residency.close()
-    sharded.drop_memory()
-    sharded.gradients.clear()
-    sharded.reducer.gradients.clear()
-    for section in sharded.sections:
-        section.grads = section.main = None
-        section.masters.clear()
 
 
 def _weakly(engine: Engine, method: Callable[..., None]) -> Callable[..., None]:

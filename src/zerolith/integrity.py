@@ -48,16 +48,15 @@ class Integrity:
     def after_step(self, step: int) -> None:
         """Take digests of the shards at rest if `step` is a multiple of the interval."""
         if self._interval and step % self._interval == 0:
-            self._remembered = {name: (tensor._version, digest(tensor)) for name, tensor in self._at_rest()}
+            self._remembered = {name: (version, digest(tensor)) for name, version, tensor in self._at_rest()}
             self._since = step
 
     def _check_at_rest(self) -> None:
         error = None
-        held = dict(self._at_rest())
         changed = [
             name
-            for name, (version, digested) in self._remembered.items()
-            if name in held and held[name]._version == version and digest(held[name]) != digested
+            for name, version, tensor in self._at_rest()
+            if self._remembered.get(name, ("",))[0] == version and digest(tensor) != self._remembered[name][1]
         ]
         if changed:
             error = IntegrityError(
@@ -93,11 +92,12 @@ class Integrity:
             optimizer = self._sharded.optimizer
             if own is None or optimizer is None or section.main is None or section.main.placement is not REPLICATE:
                 continue
-            for param, inside, _ in optimizer.locate(own, index):
-                held = {"master": param, **optimizer.inner.state.get(param, {})}
-                for key, value in held.items():
-                    if isinstance(value, Tensor) and value.shape == param.shape:
-                        digests[f"{key} of {member.name}"] = digest(value.view(-1)[inside.start : inside.stop])
+            with section.resident():
+                for param, inside, _ in optimizer.locate(own, index):
+                    held = {"master": param, **optimizer.state_of(param)}
+                    for key, value in held.items():
+                        if isinstance(value, Tensor) and value.shape == param.shape:
+                            digests[f"{key} of {member.name}"] = digest(value.view(-1)[inside.start : inside.stop])
         for unit in self._sharded.model.units:
             if unit.is_sharded:
                 unit.gather()
@@ -106,11 +106,25 @@ class Integrity:
                 unit.release()
         return digests
 
-    def _at_rest(self) -> Iterator[tuple[str, Tensor]]:
-        """What this rank's host memory keeps from step to step."""
+    def _at_rest(self) -> Iterator[tuple[str, int, Tensor]]:
+        """What this rank's host memory keeps from step to step, and how often it was written to."""
+        for name, tensor in self._tensors_at_rest():
+            yield name, tensor._version, tensor
+        optimizer = self._sharded.optimizer
+        for section in self._sharded.model.sections if optimizer is not None else ():
+            if section.is_split and section.weights.data.device.type == "cpu":
+                assert optimizer is not None, "else nothing is split"
+                assert optimizer.split_masters is not None, "else nothing is split"
+                kept = optimizer.split_masters.of(section)
+                for number, tensor in enumerate(kept.tensors()):
+                    yield f"remainders of {section.name}, part {number}", kept.version, tensor
+
+    def _tensors_at_rest(self) -> Iterator[tuple[str, Tensor]]:
         optimizer = self._sharded.optimizer
         owns = optimizer.here() if optimizer is not None else []  # the file of the others has checksums of its own
         here = {own.section for own in owns}
+        if optimizer is not None and optimizer.split_masters is not None:
+            owns = optimizer.gradients  # their states are here, too
         for section in self._sharded.model.sections:
             section.settle()
             if section.weights.data.device.type != "cpu":
@@ -126,7 +140,7 @@ class Integrity:
         for own in owns:
             assert optimizer is not None, "else there is nothing to step"
             for number, piece in enumerate(optimizer.pieces[own]):
-                for key, value in optimizer.inner.state.get(piece.param, {}).items():
+                for key, value in optimizer.state_of(piece.param).items():
                     if isinstance(value, Tensor) and value.device.type == "cpu":
                         yield f"{key} of {own.section.name}, piece {number}", value
 

@@ -49,6 +49,8 @@ class Lending(Checkpoints):
         sharded.adopt_edits()
         sharded.release_all()
         sharded.comm.pool.clear()
+        if self._partitioned is not None:
+            self._partitioned.residency.settle()
         self._away = Away(names, pinned=pin_memory and self.device.type == "cuda")
         error: Exception | None = None
         try:
@@ -98,12 +100,14 @@ class Lending(Checkpoints):
             masters = [*section.masters.values()]
             if section.main is not None and not section.main.shares_memory_with(section.weights):
                 masters.append(section.main.data)
-            if MASTERS in names and section in here:
+            if MASTERS in names and optimizer is not None and section.is_split and optimizer.split_masters is not None:
+                yield from optimizer.split_masters.of(section).tensors()
+            if MASTERS in names and (section in here or section.is_split):
                 yield from (tensor for tensor in masters if tensor.device == self.device)
             if WEIGHTS in names and not section.is_elsewhere:
                 yield section.weights.data
         if optimizer is not None and OPTIMIZER in names:
-            for state in optimizer.every_state():
+            for state in optimizer.states_here():
                 yield from (value for value in state.values() if self._is_here(value))
         if not names.isdisjoint(GRADIENTS):
             for own in sharded.gradients:

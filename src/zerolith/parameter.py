@@ -114,7 +114,9 @@ class ShardedParameter(torch.Tensor):
     ) -> Any:
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             source = args[0]
-            return cls(source.shape, source._local, source.owned, fqn=source.fqn, touch=source.touch)
+            view = cls(source.shape, source._local, source.owned, fqn=source.fqn, touch=source.touch)
+            view.settle = source.settle
+            return view
         return refuse(next(arg for arg in pytree.tree_leaves((args, kwargs)) if isinstance(arg, cls)))
 
     # torch.distributed.checkpoint's protocol for tensors that know their own chunks (private: torch 2.11 to 2.13).

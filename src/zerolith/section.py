@@ -126,6 +126,7 @@ class Section:
         self.weights = self.whole if plan.partitioning.params is REPLICATE else self.whole.copy(SHARD, compute)
         self.resident: Callable[[], AbstractContextManager[None]] = nullcontext  # in which masters may be touched
         self.settle: Callable[[], None] = lambda: None  # waits for an update that runs behind
+        self.failure: BaseException | None = None  # of the last update: until they are published, weights are not new
         self.is_split = False  # whether masters rest as what the weights lack, and are lost if those change
         self.is_behind = False  # whether one was begun since the weights were last gathered: so on every rank
         self.owners = list(owners)  # rank that steps each tensor, where whole tensors are stepped on shards
@@ -261,6 +262,7 @@ class Section:
 
     def mark_written(self) -> None:
         """Tell autograd and `edited()` that the weights' content is ours and new."""
+        self.failure = None
         for member in self.members:
             torch.autograd.graph.increment_version(member.param)
         self._versions = self._current_versions()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zerolith.comm import Comm
-from zerolith.errors import UsageError
+from zerolith.errors import OffloadError, UsageError
 from zerolith.gradients import Gradients, Reducer
 from zerolith.hooks import Gatherer
 from zerolith.layout import assign_owners
@@ -92,9 +92,9 @@ class ShardedModel:
         return next((own for own in self.gradients if own.section is section), None)
 
     def settle(self) -> None:
-        """Wait for updates that run behind. Does not communicate."""
+        """Wait for updates that run behind. Does not communicate. Raises OffloadError if one has failed here."""
         for section in self.sections:
-            section.settle()
+            _settle(section)
 
     def release_all(self) -> None:
         self.gatherer.release_all()
@@ -263,6 +263,15 @@ def _settles(section: Section) -> Callable[[], None]:
     def settle() -> None:
         section = this()
         if section is not None:
-            section.settle()
+            _settle(section)
 
     return settle
+
+
+def _settle(section: Section) -> None:
+    section.settle()
+    if section.failure is not None:
+        raise OffloadError(
+            f"the last update of {section.name} failed, so its weights are not new ({section.failure}); go on from a "
+            "checkpoint"
+        ) from section.failure

@@ -36,6 +36,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "checkpoints",
         "lending",
         "placement",
+        "ending",
         "engine",
         "initialize",
     ),  # 6: the facade

@@ -50,18 +50,16 @@ class HostStore:
 
     def write(self, region: HostRegion, storage: torch.UntypedStorage) -> Copied:
         """Begin to copy the storage, which must be left alone until the copy is waited for."""
-        return self._start(region.data, bytes_of(storage))
+        copy = self._copier.start(region.data, bytes_of(storage))
+        return Copied(lambda: self._copier.finish(copy))  # whichever stream takes the memory over then
 
     def read(self, region: HostRegion, storage: torch.UntypedStorage) -> Copied:
         """Begin to fill the storage with what was written last."""
-        return self._start(bytes_of(storage), region.data)
+        copy = self._copier.start(bytes_of(storage), region.data)
+        return Copied(lambda: self._copier.wait(copy))
 
     def close(self) -> None:
         """Regions live as long as someone has them."""
-
-    def _start(self, target: Tensor, source: Tensor) -> Copied:
-        copy = self._copier.start(target, source)
-        return Copied(lambda: self._copier.wait(copy))
 
 
 class StagedSwap:

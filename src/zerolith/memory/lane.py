@@ -35,6 +35,9 @@ class Copier(Protocol):
     def wait(self, copy: Copy) -> None:
         """What the device is given to compute from now on runs after this copy."""
 
+    def finish(self, copy: Copy) -> None:
+        """Wait until this copy has come to its end."""
+
     def is_done(self, copy: Copy) -> bool:
         """Whether the copy has come to its end. Does not wait."""
 
@@ -50,6 +53,8 @@ class AtOnce:
 
     def wait(self, copy: None) -> None:
         """Nothing: it is done."""
+
+    finish = wait
 
     def is_done(self, copy: None) -> bool:
         """Yes."""
@@ -75,6 +80,10 @@ class Beside:
     def wait(self, copy: torch.cuda.Event) -> None:
         """The stream that computes waits; this process does not."""
         torch.cuda.current_stream(self.device).wait_event(copy)
+
+    def finish(self, copy: torch.cuda.Event) -> None:
+        """This process waits."""
+        copy.synchronize()
 
     def is_done(self, copy: torch.cuda.Event) -> bool:
         """Whether the copy's event has come."""

@@ -196,6 +196,17 @@ class Residency(Generic[K]):
     @_in_turn
     def abandon(self) -> None:
         """Give all tensors memory with undefined content, and the store up: after a failure, to come to an end."""
+        held = dict(self._held)
+        self.discard()
+        for own, section in held.items():
+            for each in section.values():
+                each.allocate()
+            if not self._depth.get(own):
+                self._keeper.show(own)
+
+    @_in_turn
+    def discard(self) -> None:
+        """Let the store go, and what is in it: nobody uses these tensors any more."""
         if self._store is None:
             return
         for _, transfers in self._writes:
@@ -203,11 +214,6 @@ class Residency(Generic[K]):
                 with suppress(OffloadError):
                     transfer.wait()
         self._store.close()
-        for own, section in self._held.items():
-            for held in section.values():
-                held.allocate()
-            if not self._depth.get(own):
-                self._keeper.show(own)
         self._held.clear()
         self._reads.clear()
         self._writes.clear()
@@ -237,10 +243,9 @@ class Residency(Generic[K]):
 
     @_in_turn
     def _leave(self, own: K) -> None:
-        if self._depth[own] > 1:
+        if self._depth[own] > 1 or self._store is None:  # given up meanwhile
             self._depth[own] -= 1
             return
-        assert self._store is not None, "who enters without a store does not come here"
         earlier = self._held.get(own, {})
         storages = {storage._cdata: storage for storage in map(Tensor.untyped_storage, self._keeper.kept(own))}
         added = {

@@ -50,7 +50,7 @@ def summarize(sharded: ShardedModel, optimizer: PartitionedOptimizer | None, *, 
 def _offloaded(sharded: ShardedModel, optimizer: PartitionedOptimizer | None) -> str:
     where = ""
     if optimizer is not None and optimizer.residency.is_swapped:
-        what = "masters" if optimizer.is_split else "masters and states"
+        what = "masters" if optimizer.split_masters is not None else "masters and states"
         where = f", {_share(sharded)}{what} {optimizer.residency.place}"
     elif sharded.plan.master_device is not None:
         where = f", {_share(sharded)}masters and states in host memory"

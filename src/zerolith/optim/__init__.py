@@ -5,7 +5,5 @@ from zerolith.optim.facade import ZeroOptimizer as ZeroOptimizer
 from zerolith.optim.granularity import granularities_of as granularities_of
 from zerolith.optim.norms import GradientFacts as GradientFacts, examine as examine
 from zerolith.optim.one_pass import original as original
-from zerolith.optim.partitioned import (
-    PartitionedOptimizer as PartitionedOptimizer,
-    is_per_element as is_per_element,
-)
+from zerolith.optim.partitioned import PartitionedOptimizer as PartitionedOptimizer
+from zerolith.optim.pieces import is_per_element as is_per_element

@@ -8,6 +8,8 @@ the update, gradient norm and options included, is known before it starts: the b
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -20,10 +22,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from zerolith.errors import OffloadError
+from zerolith.errors import OffloadError, UsageError
 from zerolith.gradients import Gradients
 from zerolith.memory.threads import helpers, start_task
 from zerolith.section import Granularity
+
+logger = logging.getLogger("zerolith")
 
 KNOWN = ("torch", "zerolith")  # whose optimizers keep nothing but groups and states from step to step
 
@@ -32,8 +36,10 @@ class Behind:
     """Owner of the thread, and of the gradients that it has not used yet."""
 
     def __init__(self, device: torch.device) -> None:
-        self.error: OffloadError | None = None  # the first, until someone takes it
+        self._error: OffloadError | None = None  # the first, until someone takes it
+        self._failed: Exception | None = None  # after which no update of the same step is begun
         self._device = device
+        self._pid = os.getpid()
         self._stream: torch.cuda.Stream | None = None  # beside the one that computes
         self._thread: ThreadPoolExecutor | None = None
         self._tasks: dict[Gradients, Future[None]] = {}
@@ -42,7 +48,7 @@ class Behind:
     def start(self, updates: Mapping[Gradients, Callable[[], None]]) -> None:
         """Begin to make the calls, each of which updates the masters and weights of one section, in order."""
         self._thread = self._thread or helpers(1, "zerolith optimizer")
-        ready = None
+        self._failed = ready = None
         if self._device.type == "cuda":
             self._stream = self._stream or torch.cuda.Stream(self._device)
             ready = torch.cuda.current_stream(self._device).record_event()
@@ -52,40 +58,52 @@ class Behind:
             self._tasks[own] = start_task(self._thread, partial(self._run, update, ready))
 
     def settle(self, own: Gradients) -> None:
-        """Wait for a section's update, if it has one. Its error is kept: no rank may leave the others alone in here."""
+        """Wait for a section's update, if it has one. Its error is kept: no rank may leave the others alone in here.
+
+        Raises UsageError in a child that was forked in the meantime: the thread is its parent's.
+        """
         if own not in self._tasks or self._ident == threading.get_ident():
             return
-        try:
-            self._end(own).result()
-        except OffloadError as error:
-            self.error = self.error or error
+        if os.getpid() != self._pid:
+            raise UsageError("this process was forked while weights were being updated; fork it before the step")
+        wait([self._tasks[own]])
+        own.section.settle = lambda: None
+        own.section.failure = self._tasks.pop(own).exception()
+        if own.section.failure is not None:
+            self.report(own.section.failure)
+        own.is_held = False
+        own.reset()
 
     def settle_all(self) -> None:
         """Wait for all updates."""
         for own in list(self._tasks):
             self.settle(own)
 
+    def report(self, error: BaseException) -> None:
+        """Keep it, unless there was one before, until someone takes it."""
+        if not isinstance(error, OffloadError):
+            wrapped = OffloadError(f"{type(error).__name__} in an update: {error}")
+            wrapped.__cause__ = error
+            error = wrapped
+        self._error = self._error or error
+
     def take_error(self) -> OffloadError | None:
         """What went wrong since this was last asked."""
-        error, self.error = self.error, None
+        error, self._error = self._error, None
         return error
 
     def close(self) -> None:
-        """Wait for all updates, whatever comes of them, and let the thread go."""
-        for own in list(self._tasks):
-            self._end(own)
+        """Wait for all updates, and let the thread go."""
+        self.settle_all()
         if self._thread is not None:
             self._thread.shutdown()
-
-    def _end(self, own: Gradients) -> Future[None]:
-        wait([self._tasks[own]])
-        own.section.settle = lambda: None
-        own.is_held = False
-        own.reset()
-        return self._tasks.pop(own)
+        if self._error is not None:
+            logger.error("the last step failed, and weights are not those that it should have made: %s", self._error)
 
     @torch.no_grad()
     def _run(self, update: Callable[[], None], ready: torch.cuda.Event | None) -> None:
+        if self._failed is not None:
+            raise OffloadError("an earlier update failed") from self._failed
         self._ident = threading.get_ident()
         try:
             with ExitStack() as beside:
@@ -94,6 +112,9 @@ class Behind:
                     self._stream.wait_event(ready)
                     beside.callback(self._stream.synchronize)
                 update()
+        except Exception as error:
+            self._failed = error
+            raise
         finally:
             self._ident = 0
 
@@ -104,6 +125,11 @@ def can_run_behind(inner: Optimizer, own: Gradients) -> bool:
     is_ours = section.is_offloaded and section.plan.master_device is not None and section.is_sharded
     is_known = type(inner).__module__.partition(".")[0] in KNOWN
     return is_ours and is_known and section.main is not None and section.granularity is Granularity.ELEMENT
+
+
+def has_hooks(inner: Optimizer, *, but: Any) -> bool:
+    """Whether someone is called before or after each step, the hook with the handle `but` left out."""
+    return bool(inner._optimizer_step_pre_hooks.keys() - {but.id}) or bool(inner._optimizer_step_post_hooks)
 
 
 def options_of(inner: Optimizer) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch.optim import Optimizer
@@ -23,6 +24,7 @@ class ZeroOptimizer(Optimizer):
         step: Callable[[], None],
         zero_grad: Callable[[], None],
         settle: Callable[[], None],  # waits for updates that run behind
+        all_shown: Callable[[], AbstractContextManager[None]],  # in which `optimizer` has all tensors and states
     ) -> None:
         # Not super().__init__: groups and state are the client's own objects and stay in its hands.
         self.optimizer = optimizer
@@ -30,6 +32,7 @@ class ZeroOptimizer(Optimizer):
         self._step = step
         self._zero_grad = zero_grad
         self._settle = settle
+        self._all_shown = all_shown
         self.overflow = False  # whether the last step was skipped because gradients were not finite
         self.loss_scale = 1.0
 
@@ -63,14 +66,16 @@ class ZeroOptimizer(Optimizer):
         self._opt_called = True
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's part of the optimizer's state, in torch's form."""
+        """This rank's part of the optimizer's state, in torch's form. Raises UsageError if states are on disk."""
         self._settle()
-        return self.optimizer.state_dict()
+        with self._all_shown():
+            return self.optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what `state_dict` gave on the same rank at the same world size."""
         self._settle()
-        self.optimizer.load_state_dict(state_dict)
+        with self._all_shown():
+            self.optimizer.load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         raise UsageError("parameter groups are fixed once initialize has sharded them; add the group before it")

@@ -8,45 +8,28 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import chain
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zerolith.comm import Comm, agree
-from zerolith.errors import OffloadError, OptimizerError
+from zerolith.errors import OffloadError, OptimizerError, UsageError
 from zerolith.gradients import Gradients
-from zerolith.layout import Range, merge_runs
+from zerolith.layout import Range
 from zerolith.memory import Residency, SwapFile
-from zerolith.optim.behind import Behind, alike, can_run_behind, options_of
+from zerolith.optim.behind import Behind, alike, can_run_behind, has_hooks, options_of
 from zerolith.optim.exchange import WholeTensors
 from zerolith.optim.one_pass import OnePass
+from zerolith.optim.pieces import Piece, State, cut, is_per_element
 from zerolith.optim.split_masters import SplitMasters, can_split
-from zerolith.section import Granularity, Section
+from zerolith.section import Section
 
 SMALLEST_KEPT = 4096  # bytes of a state that is worth a place on disk
-
-State = dict[str, Any]  # what an optimizer keeps for one tensor: tensors and anything else
-
-
-@dataclass(eq=False)
-class Piece:
-    """A range of a section's master that the optimizer steps as one tensor."""
-
-    gradients: Gradients
-    range: Range  # of the section's layout; whole slots or parts of them, gaps included
-    group: int
-    param: nn.Parameter  # shape of the range, or of the slot where tensors are stepped whole
-
-    def slots(self) -> list[int]:
-        """The parameters of which this piece holds something."""
-        layout = self.gradients.section.layout
-        return [i for i, slot in enumerate(layout.slots) if slot.padded.clip(self.range).numel]
 
 
 class PartitionedOptimizer:
@@ -66,15 +49,16 @@ class PartitionedOptimizer:
         self.comm = comm
         self.gradients = list(gradients)
         self.whole = {own: WholeTensors(own.section, comm) for own in gradients if own.section.main is None}
-        self.pieces = {own: self._cut(own) for own in gradients}
+        self.pieces = {own: cut(own, self._whole_params(own)) for own in gradients}
         self.is_stepping = False
         self._given = [group["params"] for group in inner.param_groups]
         given = {id(param): state for param, state in inner.state.items()}
         inner.state.clear()
         self._carry_over(given)
         self._hidden: dict[nn.Parameter, State] = {}  # of pieces that are not in memory
-        self.is_split = splits
-        self.residency = self._make_residency(swap)
+        self.split_masters = self._split() if splits else None
+        self.residency = Residency(self.split_masters or swap, self, goes=self._goes)
+        self._own_hook = inner.register_step_pre_hook(self._refuse_outside)
         self._behind = Behind(comm.device)
         self._is_behind = False  # whether updates have begun since `catch_up`
         self._hand_over(*self.gradients)
@@ -100,10 +84,11 @@ class PartitionedOptimizer:
         """
         self._check_groups()
         flags_of = dict(zip(self.gradients, used, strict=True))
-        error = self._cut_by_use(flags_of)
-        behind = {own: flags for own, flags in flags_of.items() if own.runs_behind}
+        is_watched = has_hooks(self.inner, but=self._own_hook)  # who looks on wants to see gradients and the result
+        behind = {own: flags for own, flags in flags_of.items() if own.runs_behind and not is_watched}
         swapped = {own: flags_of[own] for own in self.gradients if self.residency.swaps(own) and own not in behind}
         here = {own: flags_of[own] for own in self.gradients if own not in behind and own not in swapped}
+        error = self._cut_by_use(flags_of)  # after which, if there is one, nothing is swapped on this rank
         if here or behind:  # a step of nothing, too: schedulers look for one
             self._step_together(here, self.inner, grad_factor)
             publish([own.section for own in here])
@@ -119,29 +104,54 @@ class PartitionedOptimizer:
         """
         if not self._is_behind:
             return
-        self._is_behind = False
         self._behind.settle_all()
+        self._is_behind = False
         for own in self.gradients:
             own.section.is_behind = False
         try:
             agree(self.comm, self._behind.take_error(), doing="an update behind the forward", kind=OffloadError)
-        except OffloadError:
+        except Exception:
             self.residency.abandon()
             raise
 
-    def _make_residency(self, swap: SwapFile | None) -> Residency[Gradients]:
-        if not self.is_split:
-            return Residency(swap, self, goes=lambda own: own.section.is_offloaded)
+    def settle(self) -> None:
+        """Wait for updates that run behind. Does not communicate, and leaves what went wrong to `catch_up`."""
+        self._behind.settle_all()
+
+    @contextmanager
+    def all_shown(self) -> Iterator[None]:
+        """Inside, the optimizer has the tensors and states of all sections. Raises UsageError if states are on disk."""
+        hidden = [own for own in self.gradients if self.residency.swaps(own)]
+        if hidden and self.split_masters is None:
+            raise UsageError("optimizer states rest on disk and have no state dict; use engine.save_checkpoint")
+        for own in hidden:
+            self.show(own)
+        try:
+            yield
+        finally:
+            for own in hidden:
+                self.hide(own)
+
+    def _split(self) -> SplitMasters:
         for own in self.gradients:
             own.section.is_split = can_split(own.section)
-        store = SplitMasters(own.section for own in self.gradients if own.section.is_split)
-        return Residency(store, self, goes=lambda own: own.section.is_split)
+        return SplitMasters(own.section for own in self.gradients if own.section.is_split)
+
+    def _goes(self, own: Gradients) -> bool:
+        return own.section.is_split if self.split_masters is not None else own.section.is_offloaded
+
+    def _refuse_outside(self, *_: Any) -> None:
+        if not self.is_stepping:
+            raise UsageError(
+                "this optimizer's step() would see no gradients: call engine.step(), or step() of the optimizer that "
+                "initialize returned"
+            )
 
     def _cut_by_use(self, used: Mapping[Gradients, Sequence[bool]]) -> OffloadError | None:
         """Cut pieces of which only some parameters had a gradient; after an error, which is returned, all are here."""
         try:
             for own, flags in used.items():
-                if self._mixes_use(own, flags):
+                if any(piece.mixes(flags) for piece in self.pieces[own]):
                     with self.residency.resident(own):
                         self.pieces[own] = [part for piece in self.pieces[own] for part in self._by_use(piece, flags)]
                         self._hand_over(own)
@@ -183,7 +193,9 @@ class PartitionedOptimizer:
         self, used: Mapping[Gradients, Sequence[bool]], grad_factor: float, error: OffloadError | None
     ) -> None:
         """Let them be stepped in the order in which forward meets them."""
-        self._is_behind, self._behind.error = True, error
+        self._is_behind = True
+        if error is not None:
+            self._behind.report(error)
         order, options = [*used][::-1], options_of(self.inner)
 
         def update(own: Gradients, after: Gradients) -> None:
@@ -195,6 +207,7 @@ class PartitionedOptimizer:
                     self.residency.prefetch(after)
                     self._step_together({own: used[own]}, alike(self.inner, options, params), grad_factor)
                     own.section.start_publish().wait()
+                own.section.plan.residency.settle()  # here, where a failure is told to all ranks
             except OffloadError:
                 self.residency.abandon()
                 raise
@@ -241,7 +254,7 @@ class PartitionedOptimizer:
         if section.main is not None and not section.main.shares_memory_with(section.weights):
             yield section.main.data
         yield from section.masters.values()
-        for piece in self.pieces[own] if not self.is_split else ():
+        for piece in self.pieces[own] if self.split_masters is None else ():
             for value in self.inner.state.get(piece.param, {}).values():
                 if isinstance(value, Tensor) and value.nbytes >= SMALLEST_KEPT:
                     yield value
@@ -262,10 +275,16 @@ class PartitionedOptimizer:
             if piece.param in self.inner.state:
                 self._hidden[piece.param] = self.inner.state.pop(piece.param)
 
-    def every_state(self) -> Iterator[State]:
-        """The states of all pieces; large tensors of those on disk have no memory."""
+    def states_here(self) -> Iterator[State]:
+        """The states of all pieces that are in memory to stay."""
         yield from self.inner.state.values()
-        yield from self._hidden.values()
+        if self.split_masters is not None:
+            yield from self._hidden.values()
+
+    def state_of(self, param: nn.Parameter) -> State:
+        """The state of a stepped tensor; large tensors have no memory while they are on disk."""
+        state: State = self.inner.state[param] if param in self.inner.state else self._hidden.get(param, {})
+        return state
 
     def group_of(self, param: Tensor) -> Mapping[str, Any]:
         """The options with which a stepped tensor is stepped."""
@@ -287,19 +306,20 @@ class PartitionedOptimizer:
         Returns the states that it had, by the range of their piece: whoever wants to may use their memory again.
         """
         before = {piece.range: self.inner.state.pop(piece.param, {}) for piece in self.pieces[own]}
-        slots = own.section.layout.slots
         self.pieces[own] = [
-            self._part(piece, run, {}) if run != piece.range else piece
-            for piece in self._cut(own)
-            for _, run in merge_runs((kinds[index], slots[index].padded.clip(piece.range)) for index in piece.slots())
+            piece.part(run) if run != piece.range else piece
+            for piece in cut(own, self._whole_params(own))
+            for run in piece.runs(kinds)
         ]
         self._hand_over(own)
         return before
 
     def let_go(self) -> None:
         """Give the optimizer back as it came: over the client's tensors, without state."""
+        self._own_hook.remove()
         self._behind.close()
-        self.residency.close()
+        self.residency.discard()
+        self._hidden.clear()
         self.inner.state.clear()
         for group, params in zip(self.inner.param_groups, self._given, strict=False):  # groups added since stay
             group["params"] = params
@@ -321,16 +341,20 @@ class PartitionedOptimizer:
                         else:
                             mine[name] = copy.deepcopy(value)
 
-    def _cut(self, own: Gradients) -> list[Piece]:
-        main, layout = own.section.main, own.section.layout
-        if main is not None and own.section.granularity is Granularity.ELEMENT:
-            ranges = [(group, run.clip(main.range)) for group, run in layout.group_ranges()]
-            return [Piece(own, run, group, nn.Parameter(main.at(run))) for group, run in ranges if run.numel]
-        if main is None:
-            params = self.whole[own].params
-        else:
-            params = {index: nn.Parameter(main.slot(index)) for index in range(len(layout.slots))}
-        return [Piece(own, layout.slots[index].span, layout.slots[index].group, params[index]) for index in params]
+    def _whole_params(self, own: Gradients) -> Mapping[int, nn.Parameter]:
+        return self.whole[own].params if own in self.whole else {}
+
+    def _by_use(self, piece: Piece, flags: Sequence[bool]) -> Iterator[Piece]:
+        """The piece, or its parts if only some of its parameters had a gradient; they stay apart from then on."""
+        if not piece.mixes(flags):
+            yield piece
+            return
+        state = self.inner.state.pop(piece.param, {})
+        for run in piece.runs(flags):
+            part = piece.part(run)
+            for name, value in piece.part_of_state(run, state):
+                self.inner.state[part.param][name] = value
+            yield part
 
     def _set_grads(self, own: Gradients, flags: Sequence[bool]) -> None:
         """Give the pieces whose parameters had a gradient theirs. Collective where whole tensors are exchanged."""
@@ -348,27 +372,6 @@ class PartitionedOptimizer:
             for piece in self.pieces[own]:
                 yield piece.param, target.at(piece.range)
 
-    def _mixes_use(self, own: Gradients, flags: Sequence[bool]) -> bool:
-        return any(len({flags[index] for index in piece.slots()}) > 1 for piece in self.pieces[own])
-
-    def _by_use(self, piece: Piece, flags: Sequence[bool]) -> list[Piece]:
-        """The piece, or its parts if only some of its parameters had a gradient; they stay apart from then on."""
-        slots = piece.slots()
-        if len({flags[index] for index in slots}) <= 1:
-            return [piece]
-        layout = piece.gradients.section.layout
-        runs = merge_runs((flags[index], layout.slots[index].padded.clip(piece.range)) for index in slots)
-        state = self.inner.state.pop(piece.param, {})
-        return [self._part(piece, run, state) for _, run in runs]
-
-    def _part(self, piece: Piece, run: Range, state: State) -> Piece:
-        where = slice(run.start - piece.range.start, run.stop - piece.range.start)
-        part = Piece(piece.gradients, run, piece.group, nn.Parameter(piece.param.detach()[where]))
-        for name, value in state.items():
-            is_cut = is_per_element(name, value, piece.param.shape)
-            self.inner.state[part.param][name] = value[where].clone() if is_cut else copy.deepcopy(value)
-        return part
-
     def _check_groups(self) -> None:
         if len(self.inner.param_groups) != len(self._given):
             raise OptimizerError(
@@ -383,8 +386,3 @@ class PartitionedOptimizer:
         for own in dict.fromkeys([*self.here(), *used]):
             for piece in self.pieces[own]:
                 self.inner.param_groups[piece.group]["params"].append(piece.param)
-
-
-def is_per_element(name: str, value: object, shape: torch.Size) -> TypeGuard[Tensor]:
-    """Whether the state `name` of a tensor of `shape` has a number for each of its elements."""
-    return isinstance(value, Tensor) and value.shape == shape and (value.dim() > 0 or name != "step")

@@ -24,6 +24,7 @@ class Remainder:
     """What one section's masters are beside its weights; empty until it is written to."""
 
     nbytes: int  # of the masters
+    version: int = 0  # how often it was written to
     bits: Tensor = field(default_factory=partial(torch.empty, 0, dtype=torch.int16))  # one for each
     odd: Tensor = field(default_factory=partial(torch.empty, 0, dtype=torch.int64))  # places of those kept whole
     whole: Tensor = field(default_factory=partial(torch.empty, 0))  # fp32, their values
@@ -50,21 +51,26 @@ class SplitMasters:
     place = "as remainders of the weights"
 
     def __init__(self, sections: Iterable[Section]) -> None:
-        self._regions: list[Remainder] = []
-        self._weights = dict(map(_pair, sections))
+        self._sections = {_masters(section)._cdata: section for section in sections}
+        self._regions: dict[int, Remainder] = {}  # by the masters' storage, as the sections
 
     @property
     def nbytes(self) -> int:
-        return sum(each.nbytes for region in self._regions for each in region.tensors())
+        return sum(each.nbytes for region in self._regions.values() for each in region.tensors())
+
+    def of(self, section: Section) -> Remainder:
+        """What is kept of a section."""
+        return self._regions[_masters(section)._cdata]
 
     def add(self, nbytes: int) -> Remainder:
         """A new region."""
-        self._regions.append(Remainder(nbytes))
-        return self._regions[-1]
+        return Remainder(nbytes)
 
     def write(self, region: Remainder, storage: torch.UntypedStorage) -> Done:
         """Keep of the masters in `storage` what the weights lack."""
         masters, weights = self._of(storage)
+        self._regions[storage._cdata] = region
+        region.version += 1
         rounded, region.bits = kernels.split(masters)
         region.odd = (rounded.view(torch.int16) != weights.view(torch.int16)).nonzero().view(-1)
         region.whole = masters[region.odd]
@@ -75,23 +81,27 @@ class SplitMasters:
         masters, weights = self._of(storage)
         kernels.join(SplitMaster(weights, region.bits), out=masters)
         masters[region.odd] = region.whole
+        if self._sections[storage._cdata].edited():  # what was joined with an edited weight may be anything
+            is_near = masters.bfloat16().view(torch.int16) == weights.view(torch.int16)
+            masters.copy_(torch.where(is_near, masters, weights.float()))
         return Done()
 
     def close(self) -> None:
         """Let all of them go."""
         self._regions.clear()
-        self._weights.clear()
+        self._sections.clear()
 
     def _of(self, storage: torch.UntypedStorage) -> tuple[Tensor, Tensor]:
         masters = torch.empty(0, dtype=torch.float32, device=storage.device).set_(storage)
-        return masters, self._weights[storage._cdata]
+        section = self._sections[storage._cdata]
+        assert section.main is not None, "see can_split"
+        is_alike = section.weights.placement is section.main.placement
+        return masters, (section.weights if is_alike else section.weights.own()).data
 
 
-def _pair(section: Section) -> tuple[int, Tensor]:
-    """Whose masters they are, by their storage, and the weights beside them."""
+def _masters(section: Section) -> torch.UntypedStorage:
     assert section.main is not None, "see can_split"
-    weights = section.weights if section.weights.placement is section.main.placement else section.weights.own()
-    return section.main.data.untyped_storage()._cdata, weights.data
+    return section.main.data.untyped_storage()
 
 
 def can_split(section: Section) -> bool:

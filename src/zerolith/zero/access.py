@@ -47,9 +47,9 @@ def safe_set_full_fp32_param(param: Tensor, value: Tensor) -> None:
     """Overwrite the master weights and the weights. `value`: the whole tensor, the same on every rank."""
     owner = _owner(param)
     flat = _checked(param, value)
-    with owner.resident():
+    with owner.resident():  # around both, as in Section.adopt_slot
         _write(_stepped_parts(owner), flat)
-    owner.place.section.write_slot(owner.place.index, flat)
+        owner.place.section.write_slot(owner.place.index, flat)
 
 
 def safe_set_full_grad(param: Tensor, value: Tensor) -> None:
