@@ -63,4 +63,10 @@ ENGINES: dict[str, Entry] = {
     "fsdp2_nr": Entry(adapter="benchmarks.engines.fsdp2", library="torch", options={"reshard": False}),
     **_stages("ds", "benchmarks.engines.ds", "deepspeed"),
     **_stages("zero", "benchmarks.engines.zero", "zerolith"),
+    "zero3_disk": Entry(
+        adapter="benchmarks.engines.zero", library="zerolith", options={"stage": 3, "disk": True, "overlaps": True}
+    ),
+    "zero3_disk_waits": Entry(
+        adapter="benchmarks.engines.zero", library="zerolith", options={"stage": 3, "disk": True, "overlaps": False}
+    ),
 }

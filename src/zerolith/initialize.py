@@ -31,7 +31,7 @@ from zerolith.observe import Logs, Watch, make_monitors
 from zerolith.optim import build_optimizer, build_scheduler, granularities_of
 from zerolith.parameter import ShardedParameter
 from zerolith.partitioning import REPLICATE, Partitioning
-from zerolith.placement import Placement, make_placement
+from zerolith.placement import Placement, check_room, make_placement
 from zerolith.precision import LossScaler, Precision
 from zerolith.section import Member, Plan, weights_in
 from zerolith.sharded_model import ShardedModel
@@ -137,6 +137,7 @@ def _check(
         )
     loader = _loader(training_data, config, collate_fn, comm)
     scheduler = _scheduler(lr_scheduler, config, chosen, comm)
+    check_room(config, members, _precision(config), chosen, comm)
     watch = _watch(config, comm, logs)
     undo.callback(watch.remove)
     return _Inputs(

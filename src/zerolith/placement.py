@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.optim import Optimizer
 
+from zerolith.comm import Comm, ranks_on_this_host
 from zerolith.config import Config
 from zerolith.config.schema import OffloadOptimizer, OffloadParam
-from zerolith.memory import HostStore, StagedSwap, Store, SwapFile
+from zerolith.errors import OffloadError
+from zerolith.memory import HostStore, StagedSwap, Store, SwapFile, memory_of_host
+from zerolith.observe import STATES
+from zerolith.optim import original
+from zerolith.precision import Precision
+from zerolith.section import Member
+
+logger = logging.getLogger("zerolith")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +43,62 @@ def make_placement(config: Config, device: torch.device, undo: ExitStack, *, tra
         states=_swap(zero.offload_optimizer, undo) if trains else None,
         weights=_weights_store(zero.offload_param, device, undo),
     )
+
+
+def check_room(
+    config: Config, members: Sequence[Member], precision: Precision, optimizer: Optimizer | None, comm: Comm
+) -> None:
+    """That this host and its disks have room for what its ranks will offload, before anything is moved.
+
+    Raises OffloadError if they cannot have it; says so if the host's memory is in use by others now.
+    """
+    zero, here = config.zero_optimization, ranks_on_this_host()
+    kind = original(type(optimizer)).__name__ if optimizer is not None else ""
+    numbers = 1 + STATES.get(kind, 1)  # of each trained element
+    masters = sum(
+        member.param.numel() * precision.master_dtype(member.param.dtype).itemsize
+        for member in members
+        if optimizer is not None and member.trained
+    )
+    weights = sum(member.param.numel() * precision.compute_dtype(member.param.dtype).itemsize for member in members)
+    states = zero.offload_optimizer.ratio * numbers * masters
+    in_memory = 0.0
+    for what, offload, nbytes in (("states", zero.offload_optimizer, states), ("weights", zero.offload_param, weights)):
+        needed = nbytes / comm.size * here
+        if offload.device == "nvme":
+            _check_disk(Path(offload.nvme_path or "").absolute(), what, needed)
+        in_memory += needed if offload.device == "cpu" else 0.0
+    _check_memory(in_memory)
+
+
+def _check_disk(folder: Path, what: str, needed: float) -> None:
+    try:
+        free = shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.is_dir())).free
+    except OSError:
+        return  # who makes the file there tells
+    if needed > free:
+        raise OffloadError(
+            f"{folder}: {_gb(needed)} of {what} of this host's ranks are to go there, and {_gb(free)} are free; offload "
+            "a smaller ratio, use more ranks, or choose a larger disk"
+        )
+
+
+def _check_memory(needed: float) -> None:
+    memory = memory_of_host()
+    if memory is None:
+        return
+    if needed > memory[0]:
+        raise OffloadError(
+            f"{_gb(needed)} of this host's ranks are to be offloaded to its memory, which is {_gb(memory[0])}; offload "
+            "a smaller ratio, use more hosts, or offload to nvme"
+        )
+    if needed > memory[1]:
+        message = "%s are to be offloaded to this host's memory, of which only %s are free"
+        logger.warning(message, _gb(needed), _gb(memory[1]))
+
+
+def _gb(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.3g} GB"
 
 
 def _weights_store(offload: OffloadParam, device: torch.device, undo: ExitStack) -> Store | None:

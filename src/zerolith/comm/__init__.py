@@ -15,5 +15,6 @@ from zerolith.comm.start import (
     default_comm as default_comm,
     init_distributed as init_distributed,
     is_distributed as is_distributed,
+    ranks_on_this_host as ranks_on_this_host,
     side_comm as side_comm,
 )

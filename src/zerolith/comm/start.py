@@ -131,6 +131,11 @@ def _loopback_store(port: int, *, rank: int, world_size: int, timeout: timedelta
     )
 
 
+def ranks_on_this_host() -> int:
+    """As the launcher says; 1 where there is none."""
+    return max(1, _env_int("LOCAL_WORLD_SIZE", 1))
+
+
 def _env_int(name: str, default: int) -> int:
     text = os.environ.get(name, default)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import resource
 from pathlib import Path
 
@@ -36,3 +37,20 @@ def resident_bytes() -> int:
     except (OSError, ValueError, IndexError):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def memory_of_host(*, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> tuple[int, int] | None:
+    """Bytes that this process and its like may have in all, and those that are free now; None where nobody tells.
+
+    A container's limit counts if it is lower.
+    """
+    try:
+        amounts = dict(re.findall(r"^(\w+):\s+(\d+) kB$", (proc / "meminfo").read_text(), re.MULTILINE))
+        total, free = (1024 * int(amounts[name]) for name in ("MemTotal", "MemAvailable"))
+    except (OSError, KeyError):
+        return None
+    try:
+        limit, used = (int((cgroups / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no such file, or "max"
+        return total, free
+    return min(total, limit), min(free, max(0, limit - used))

@@ -3,5 +3,5 @@
 from zerolith.observe.logs import Logs as Logs, StepNumbers as StepNumbers
 from zerolith.observe.monitors import make_monitors as make_monitors
 from zerolith.observe.phases import Phases as Phases
-from zerolith.observe.summary import Summary as Summary, summarize as summarize
+from zerolith.observe.summary import STATES as STATES, Summary as Summary, summarize as summarize
 from zerolith.observe.watch import Watch as Watch
