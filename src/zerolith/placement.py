@@ -78,8 +78,8 @@ def _check_disk(folder: Path, what: str, needed: float) -> None:
         return  # who makes the file there tells
     if needed > free:
         raise OffloadError(
-            f"{folder}: {_gb(needed)} of {what} of this host's ranks are to go there, and {_gb(free)} are free; offload "
-            "a smaller ratio, use more ranks, or choose a larger disk"
+            f"{folder}: {_gb(needed)} of {what} of this host's ranks are to go there, and {_gb(free)} are free; "
+            "offload a smaller ratio, use more ranks, or choose a larger disk"
         )
 
 
