@@ -490,7 +490,7 @@ def test_an_engine_that_is_dropped_on_the_updating_thread_goes(tmp_path: Path, m
 
     Slow(monkeypatch, before)
     engine = start("forward", tmp_path)
-    model = engine.module
+    model, sections = engine.module, engine._sharded.sections
     train_on(engine, DATA[:1])
     gone = weakref.ref(engine)
     gc.disable()
@@ -502,6 +502,7 @@ def test_an_engine_that_is_dropped_on_the_updating_thread_goes(tmp_path: Path, m
         assert time.monotonic() < deadline, "a thread waits for itself"
         time.sleep(0.01)
     assert gone() is None
+    assert all(section.main is None and section.grads is None for section in sections), "it came to its end"
     assert all(torch.isfinite(param.local).all() for param in model.parameters())
 
 

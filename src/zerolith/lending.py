@@ -49,8 +49,6 @@ class Lending(Checkpoints):
         sharded.adopt_edits()
         sharded.release_all()
         sharded.comm.pool.clear()
-        if self._partitioned is not None:
-            self._partitioned.residency.settle()
         self._away = Away(names, pinned=pin_memory and self.device.type == "cuda")
         error: Exception | None = None
         try:
