@@ -219,6 +219,8 @@ def test_a_blocks_forward_waits_for_its_own_update_only(tmp_path: Path, monkeypa
     assert engine.global_steps == 1, "step() did not wait either"
     engine(DATA[1][:4])
     assert passed.is_set()
+    engine._partitioned._behind._thread.submit(lambda: None).result(PATIENCE_S)  # after all updates
+    assert not any(own.held() for own in engine._sharded.gradients), "gradients go as they are used"
     names = [section.name for section in slow.seen]
     assert names == [section.name for section in engine._sharded.sections], "in the order of forward"
     engine.destroy()

@@ -175,6 +175,10 @@ class Gradients:
         if factor != 1.0 and self.term is not None:
             self.term.buffer.data.mul_(factor)
 
+    def free(self) -> None:
+        """Give the memory of the sum back, unless a term lends it; `reset` must come before anything else."""
+        self._buffer.release()
+
     def reset(self) -> None:
         """Forget everything since the last step."""
         for term in (self.term, self._lender):

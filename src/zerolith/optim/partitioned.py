@@ -206,6 +206,7 @@ class PartitionedOptimizer:
                 with self.residency.resident(own):
                     self.residency.prefetch(after)
                     self._step_together({own: used[own]}, alike(self.inner, options, params), grad_factor)
+                    own.free()
                     own.section.start_publish().wait()
                 own.section.plan.residency.settle()  # here, where a failure is told to all ranks
             except OffloadError:
