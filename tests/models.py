@@ -26,6 +26,15 @@ PRECISIONS: dict[str, dict[str, Any]] = {  # config sections, by name
     "fp16": {"fp16": {"enabled": True, "initial_scale_power": 12, "loss_scale_window": 2}},  # so that it moves
 }
 
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+    "SGD": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+    "Adagrad": lambda params: torch.optim.Adagrad(params, lr=1e-2),
+    "Adafactor": lambda params: torch.optim.Adafactor(params, lr=1e-2),
+    "two groups": lambda params: torch.optim.AdamW(
+        [{"params": params[1::2], "weight_decay": 0.0}, {"params": params[::2], "lr": 3e-3}], lr=1e-2, fused=True
+    ),
+}
+
 
 class Block(nn.Module):
     """Pre-norm attention and MLP."""

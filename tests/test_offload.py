@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import zerolith
 from harness import run_ranks
 from models import (
+    OPTIMIZERS,
     PRECISIONS,
     assert_same,
     make_gpt,
@@ -142,16 +143,6 @@ def test_access_checkpoints_integrity_and_lending_with_a_share_on_disk(optimizer
     plain = run_ranks(2, body, "none", 1.0, 1.0)
     for ratio, loaded in ((0.5, 0.5), (0.5, 1.0), (1.0, 0.3)):
         assert_same(run_ranks(2, body, "nvme", ratio, loaded), plain)
-
-
-OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
-    "SGD": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
-    "Adagrad": lambda params: torch.optim.Adagrad(params, lr=1e-2),
-    "Adafactor": lambda params: torch.optim.Adafactor(params, lr=1e-2),
-    "two groups": lambda params: torch.optim.AdamW(
-        [{"params": params[1::2], "weight_decay": 0.0}, {"params": params[::2], "lr": 3e-3}], lr=1e-2, fused=True
-    ),
-}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

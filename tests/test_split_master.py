@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 import zerolith
 from harness import run_ranks
-from models import assert_same, make_gpt, token_batches, train_on, whole_masters, whole_weights, zero_config
+from models import OPTIMIZERS, assert_same, make_gpt, token_batches, train_on, whole_masters, whole_weights, zero_config
 from plain import world_size
 from zerolith import kernels
 from zerolith.errors import ConfigError, IntegrityError
@@ -59,16 +59,6 @@ def test_four_ranks() -> None:
     more = {"train_micro_batch_size_per_gpu": 1}
     whole, split = (run_ranks(4, lambda s=splits: trained(3, splits=s, **more)) for splits in (False, True))
     assert_same(split, whole)
-
-
-OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
-    "SGD": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
-    "Adagrad": lambda params: torch.optim.Adagrad(params, lr=1e-2),
-    "Adafactor": lambda params: torch.optim.Adafactor(params, lr=1e-2),
-    "two groups": lambda params: torch.optim.AdamW(
-        [{"params": params[1::2], "weight_decay": 0.0}, {"params": params[::2], "lr": 3e-3}], lr=1e-2, fused=True
-    ),
-}
 
 
 @pytest.mark.parametrize("stage", [0, 2])
