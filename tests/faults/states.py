@@ -106,10 +106,9 @@ def loads_as(folder: Path, names: dict[str, str], digest: Callable[[Path], str] 
     Whatever else there claims to be a checkpoint is checked, too. Raises CheckpointError if it does not load.
     """
     found = find(folder, None)
-    digests = {
-        tag: checkpoint_digest(tag_folder(folder, tag)) for tag in {*found, *(tag for tag, _ in committed(folder))}
-    }
-    unknown = [tag for tag, digest in digests.items() if digest not in names]
+    tags = {*found, *(tag for tag, _ in committed(folder))}
+    digests = {tag: digest(tag_folder(folder, tag)) for tag in tags}
+    unknown = [tag for tag, each in digests.items() if each not in names]
     assert not unknown, f"{unknown} are mixtures"
     return names[digests[found[0]]] if found else NOTHING
 
