@@ -48,6 +48,23 @@ def test_no_public_name_needs_distributed_checkpoints() -> None:
     assert fresh_interpreter(source) == "False"
 
 
+@pytest.mark.parametrize("kind", ["AdamW", "SGD", "Lion", "Muon", "NAdam"])
+def test_no_engine_imports_the_compiler_before_it_is_asked_to_compile(kind: str) -> None:
+    """torch does, for 1.3 s, wherever an optimizer is made."""
+    source = f"""if True:
+        import sys, torch, zerolith
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+        config = {{"train_batch_size": 2, "optimizer": {{"type": {kind!r}, "params": {{"lr": 0.1}}}}}}
+        engine, *_ = zerolith.initialize(model=model, config=config)
+        engine.backward(engine(torch.ones(2, 4)).mean())
+        engine.step()
+        before = "torch._dynamo" in sys.modules
+        torch.optim.SGD(model.parameters())
+        print(before, "torch._dynamo" in sys.modules)
+    """
+    assert fresh_interpreter(source).splitlines()[-1] == "False True"
+
+
 @pytest.mark.parametrize(
     "before",
     [

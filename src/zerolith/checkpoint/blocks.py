@@ -23,7 +23,7 @@ from zerolith.memory.pages import ALIGNMENT, address_of, page_buffer, set_direct
 from zerolith.memory.threads import start_task
 
 WRITE_BYTES = 8 * 2**20  # of a write; larger ones gained nothing
-READ_BYTES = 7 * CHUNK_BYTES  # with unaligned ends still a request of less than a block
+READ_BYTES = 6 * CHUNK_BYTES  # with unaligned ends still a request of less than a block
 READS_AHEAD = 3  # at once, so that the disk always has the next request; two larger ones were no faster
 TASK_BYTES = 4 * CHUNK_BYTES  # hashed and copied by one task
 ALONE_BYTES = 64 * 2**10  # less than this is not worth a task

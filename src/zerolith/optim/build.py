@@ -19,6 +19,7 @@ from zerolith.optim.lamb import Lamb
 from zerolith.optim.lion import Lion
 from zerolith.optim.lr import SCHEDULES
 from zerolith.optim.muon import Muon, split
+from zerolith.optim.start_up import without_compiler
 
 FUSED = ("Adam", "AdamW", "SGD", "Adagrad")  # torch has one fused pass for these, on CPU and CUDA
 OURS: dict[str, type[Optimizer]] = {"Lamb": Lamb, "Lion": Lion, "Muon": Muon}
@@ -78,7 +79,8 @@ def _construct(factory: Any, first: Any, options: Mapping[str, Any], path: str) 
                 f"it takes {', '.join(known)}"
             )
     try:
-        return factory(first, **options)
+        with without_compiler():
+            return factory(first, **options)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"{path}: {factory.__name__} refuses them: {error}") from error
 
