@@ -301,7 +301,7 @@ def load_an_older_checkpoint(engine: Any, folder: Path) -> Any:
 
 def save_16bit(engine: Any, folder: Path) -> Any:
     engine.save_16bit_model(folder / "half")
-    return (folder / "half" / "model.safetensors").read_bytes()
+    return torch.frombuffer(bytearray((folder / "half" / "model.safetensors").read_bytes()), dtype=torch.uint8)
 
 
 def lend(engine: Any, folder: Path) -> Any:

@@ -10,7 +10,9 @@ from benchmarks.fleet import Fleet, Host, TimeIsUpError, WorkerDiedError
 from benchmarks.job import Job
 
 JOB = Job(engine="ddp", size="tiny", dtype="fp32", device="cpu")
-ECHO = 'echo "{\\"rank\\": $RANK}"\nwhile read line; do echo "$line"; done\n'
+ECHO = """echo "{\\"rank\\": $RANK}"
+while read line; do case "$line" in *close*) exit;; *) echo "$line";; esac; done
+"""
 RANK_1_DIES = 'if [ "$RANK" = 1 ]; then echo "no such device" >&2; exit 3; fi\nsleep 60\n'
 HANGS = 'echo "$$" > "$(dirname "$0")/pid"\nsleep 60\n'
 

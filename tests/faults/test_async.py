@@ -56,6 +56,7 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 def test_what_is_saved_is_the_state_at_the_call_whatever_comes_after(stage: int, quick_path: Path) -> None:
     def body() -> None:
         engine = start(config(stage, checkpoint=BEHIND), model=Normed())
+        engine._open_saver().lock(quick_path)
         train(engine, BATCHES[:1])
         for tag in ("first", "second"):  # the second one reuses the memory of the first
             engine._open_saver().disk = slow = SlowDisk()

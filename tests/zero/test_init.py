@@ -104,6 +104,12 @@ def test_training_is_the_same_with_and_without_init(stage: int) -> None:
         torch.testing.assert_close(params[name], value, rtol=1e-4, atol=1e-6)
 
 
+def look_at_new_things_only() -> None:
+    """To look at all that was imported takes a second each time."""
+    gc.collect()
+    gc.freeze()
+
+
 def live_bytes() -> int:
     """Bytes of the distinct storages that Python objects hold."""
     time.sleep(0.1)  # gloo's threads let go of what they have sent a moment after the collective is done
@@ -127,11 +133,11 @@ class Deep(nn.Module):
         self.layers = nn.ModuleList()
         for _ in range(16):
             self.layers.append(nn.Linear(256, 256))
-            if len(self.layers) % 5 == 0:  # looking takes a second
-                Deep.peak = max(Deep.peak, live_bytes())
+            Deep.peak = max(Deep.peak, live_bytes())
 
 
 def measure_peak() -> tuple[int, int, int]:
+    look_at_new_things_only()
     init_module.OPEN_BYTES = 256 * 256 * 4
     before = live_bytes()
     model = build(Deep, 0, sharded=True)
@@ -209,6 +215,7 @@ def test_integer_parameters_are_sharded_too() -> None:
 
 
 def kept_after_initialize(stage: int) -> tuple[int, int]:
+    look_at_new_things_only()
     init_module.OPEN_BYTES = 256 * 256 * 4
     model = build(Deep, 0, sharded=True)
     kept = list(model.parameters())  # as an optimizer does that was built on them
@@ -233,6 +240,7 @@ def test_the_shards_of_construction_go_when_the_engine_has_its_own(stage: int) -
 
 def peak_of_initialize(sharded: bool) -> tuple[int, int]:
     """Bytes that initialize adds at its peak to what is kept, and those of one layer."""
+    look_at_new_things_only()
     model = build(Deep, 0, sharded=sharded)
     before, seen = live_bytes(), []
     broadcast = Comm.broadcast
