@@ -48,9 +48,9 @@ def test_no_public_name_needs_distributed_checkpoints() -> None:
     assert fresh_interpreter(source) == "False"
 
 
-@pytest.mark.parametrize("kind", ["AdamW", "SGD", "Lion", "Muon", "NAdam"])
+@pytest.mark.parametrize("kind", ["AdamW", "Adam", "SGD", "Adagrad", "Lion"])
 def test_no_engine_imports_the_compiler_before_it_is_asked_to_compile(kind: str) -> None:
-    """torch does, for 1.3 s, wherever an optimizer is made."""
+    """torch does, for 1.5 s, wherever an optimizer is made."""
     source = f"""if True:
         import sys, torch, zerolith
         model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))

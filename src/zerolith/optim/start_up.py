@@ -1,4 +1,4 @@
-"""Making torch's optimizers without torch's compiler, which they import (1.3 s, 70 MB) only to keep it out."""
+"""Making torch's optimizers without torch's compiler, which they import (1.5 s, 70 MB) only to keep it out."""
 
 from __future__ import annotations
 
