@@ -350,3 +350,30 @@ def test_a_parameter_may_be_an_argument() -> None:
     finally:
         reset()
     assert torch.equal(weight.grad, expected)
+
+
+class Debugged(nn.Module):
+    """Its forward has parameters of its own that torch's checkpoint has, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor, *, debug: bool = False, preserve_rng_state: float = 1.0, function: int = 0) -> Tensor:
+        return self.inner(x) * (2.0 if debug else 1.0) * preserve_rng_state + function
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_keywords_are_the_blocks_own(offload: bool) -> None:
+    model = nn.ModuleList([Debugged(), Debugged()])
+    x = torch.randn(ROWS, WIDTH, requires_grad=True)
+    expected = model[0](x, debug=True, preserve_rng_state=3.0, function=1)
+    undo = checkpoint_blocks(model, options=Options(offload=Offload() if offload else None))
+    for got in (
+        model[0](x, debug=True, preserve_rng_state=3.0, function=1),
+        checkpoint(model[0].forward, x, debug=True, preserve_rng_state=3.0, function=1, use_reentrant=False),
+    ):
+        assert torch.equal(got, expected)
+        assert torch.equal(*(torch.autograd.grad(each.sum(), x, retain_graph=True)[0] for each in (got, expected)))
+    for forward in undo:
+        forward.remove()

@@ -138,10 +138,10 @@ def test_a_pass_goes_on_at_another_world_size_without_losing_or_repeating_a_samp
     for loader in loaders:
         loader.load_state_dict(states[0])
     rest = [sample for batches in zip(*loaders, strict=True) for batch in batches for sample in batch]
-    if len(seen) < samples:
-        left = (samples - len(seen)) // (ranks * micro) * ranks * micro
+    left = (samples - len(seen)) // (ranks * micro) * ranks * micro
+    if left or kind == "stream":
         assert seen + rest == whole[: len(seen) + left]
-    elif kind == "map":
+    else:
         assert loaders[0].epoch == 2, "the pass was over, so this was the next"
 
 
@@ -190,6 +190,51 @@ def test_a_repeating_loader_goes_round_and_round() -> None:
     assert [next(plain) for _ in range(5)] == [1, 2, 1, 2, 1]
     with pytest.raises(UsageError, match="no batches"):
         next(RepeatingLoader([]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_position_that_is_set_amid_a_pass_is_where_it_goes_on(kind: str) -> None:
+    loader = loader_of(KINDS[kind](24), 2, 0, 1)
+    batches = RepeatingLoader(loader)
+    seen = [next(batches) for _ in range(20)]
+    state = loader.state_dict()
+    expected = [next(batches) for _ in range(13)]
+    loader.load_state_dict(state)
+    assert [next(batches) for _ in range(13)] == expected
+    loader.set_epoch(0)
+    assert [next(batches) for _ in range(20)] == seen
+    assert loader.state_dict() == state
+
+
+class Dice:
+    """A dataset whose samples are random numbers of the worker that fetches them."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> float:
+        return torch.rand(()).item()
+
+
+def test_workers_draw_other_numbers_on_each_rank_in_each_pass_and_for_each_seed() -> None:
+    drawn = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        for rank in (0, 1):
+            loader = loader_of(Dice(), 2, rank, 2, num_workers=1)
+            drawn += [tuple(sample for batch in loader for sample in batch) for _ in range(2)]
+    torch.manual_seed(0)
+    assert [sample for batch in loader_of(Dice(), 2, 0, 2, num_workers=1) for sample in batch] == [*drawn[0]]
+    assert len({*drawn}) == len(drawn)
+
+
+class Sized(Stream):
+    def __len__(self) -> int:
+        return self.count
+
+
+def test_an_iterable_dataset_may_have_a_length() -> None:
+    assert list(loader_of(Sized(5), 2, 0, 1)) == list(loader_of(Stream(5), 2, 0, 1)) == [[0, 1], [2, 3]]
 
 
 @settings(max_examples=80, deadline=None, database=None, derandomize=True)

@@ -14,9 +14,10 @@ from models import differing, error_between, sgd, start_engine, train_plain, who
 from unusual import CASES, WIDTH, Chain
 from zerolith.comm import default_comm
 from zerolith.gradients import Gradients, Reducer
+from zerolith.member import Member
 from zerolith.partitioning import Partitioning
 from zerolith.precision import Precision
-from zerolith.section import Member, Plan, Section
+from zerolith.section import Plan, Section
 
 STAGES = (0, 1, 2, 3)
 UNITS = {"stage3_param_persistence_threshold": 20}

@@ -45,12 +45,15 @@ class Records(logging.Handler):
         self.lines.append(record.getMessage())
 
     def __enter__(self) -> Records:
-        logging.getLogger("zerolith").setLevel(logging.INFO)
-        logging.getLogger("zerolith").addHandler(self)
+        logger = logging.getLogger("zerolith")
+        self.level_before = logger.level
+        logger.setLevel(logging.INFO)
+        logger.addHandler(self)
         return self
 
     def __exit__(self, *_: object) -> None:
         logging.getLogger("zerolith").removeHandler(self)
+        logging.getLogger("zerolith").setLevel(self.level_before)
 
 
 # --- the tutorial -----------------------------------------------------------------------------------
@@ -425,3 +428,57 @@ def test_dist_init_required_false_joins_no_group(monkeypatch: pytest.MonkeyPatch
     engine = call(dist_init_required=False)[0]
     assert engine.world_size == 1
     assert not torch.distributed.is_initialized()
+
+
+ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
+
+
+class Buffers(nn.Module):
+    """Buffers of any strides and dtypes, other ones on each rank."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+        self.register_buffer("expanded", torch.full((1,), 1.0 + rank).expand(1000, 3))
+        self.register_buffer("part", (torch.arange(60.0).view(10, 6) + 100 * rank)[:, :3])
+        self.register_buffer("turned", (torch.arange(6.0).view(2, 3) + 100 * rank).t())
+        self.register_buffer("short", torch.tensor([1 + rank, 2], dtype=torch.int16))
+        self.register_buffer("small", torch.tensor([1.5 + rank]).to(torch.float8_e4m3fn))
+        self.register_buffer("scalar", torch.tensor(3 + rank))
+        self.register_buffer("flag", torch.tensor([rank == 0, False]))
+        self.register_buffer("nothing", torch.empty(0, 3))
+        self.register_buffer("absent", None)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_buffers_of_any_strides_and_dtypes_are_those_of_rank_0(stage: int) -> None:
+    def body() -> None:
+        model = Buffers(default_comm().rank)
+        zerolith.initialize(model=model, config={"train_batch_size": 2, "zero_optimization": {"stage": stage}, **ADAM})
+        for name, expected in Buffers(0).named_buffers():
+            found = model.get_buffer(name)
+            assert (found.dtype, found.shape) == (expected.dtype, expected.shape), name
+            assert torch.equal(found.float(), expected.float()), name
+
+    run_ranks(2, body)
+
+
+def test_a_sparse_buffer_is_refused_by_name() -> None:
+    def body() -> None:
+        model = nn.Linear(2, 2)
+        model.register_buffer("graph", torch.eye(2).to_sparse())
+        with pytest.raises(UsageError, match=r"'graph' of a Linear is sparse"):
+            zerolith.initialize(model=model, config={"train_batch_size": 2, **ADAM})
+
+    run_ranks(2, body)
+
+
+def test_keys_without_effect_are_told_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
+    """Those of which that is no wonder where INFO is shown, the others everywhere."""
+    zero = {"stage": 1, "round_robin_gradients": True}
+    config = {"train_batch_size": 2, "zero_optimization": zero, "zero_optimization.stage": 3, **ADAM}
+    with Records() as records:
+        zerolith.initialize(model=nn.Linear(2, 2), config=config)[0].destroy()
+    assert any(line.startswith("config: zero_optimization.round_robin_gradients: ") for line in records.lines)
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert warning.startswith("config: zero_optimization.stage: a dotted name sets nothing; write 'stage' inside")

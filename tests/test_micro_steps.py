@@ -378,3 +378,15 @@ def test_a_boundary_set_by_hand_overrules_the_count() -> None:
         assert not micro.take_step()
     micro.manual = True
     assert micro.take_step()
+
+
+def test_gradients_that_are_dropped_again_and_again_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    """By a loop of plain PyTorch that zeroes before each micro-batch."""
+    engine = start(config_for(1, gas=4), make_optimizer=sgd)
+    for batch in make_batches(6, MICRO):
+        engine.zero_grad()
+        engine.backward(loss_of(engine, batch))
+        engine.step()
+    assert engine.global_steps == 0
+    engine.destroy()
+    assert caplog.text.count("zero_grad() has dropped 3 unfinished accumulations of 4 micro-batches") == 1

@@ -8,7 +8,7 @@ from torch import nn
 
 from models import make_gpt
 from zerolith import wrap
-from zerolith.section import Member
+from zerolith.member import Member
 from zerolith.wrap import UnitPlan, WrapPolicy, find_members, plan_units, split_members
 
 

@@ -7,6 +7,7 @@ the others is its own use of parameters, never which modules it calls.
 from __future__ import annotations
 
 import types
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -238,6 +239,13 @@ class Output:
     extras: dict[str, Any]
 
 
+class Slots:
+    __slots__ = ("items",)
+
+    def __init__(self, items: deque[Tensor]) -> None:
+        self.items = items
+
+
 class Structured(nn.Module):
     """Takes keywords; returns what `kind` says."""
 
@@ -253,19 +261,22 @@ class Structured(nn.Module):
             "dict": lambda: {"value": value, "nested": {"side": side}},
             "dataclass": lambda: Output(value=value, extras={"side": side}),
             "object": lambda: types.SimpleNamespace(value=value, side=types.SimpleNamespace(side=side)),
+            "slots": lambda: Slots(deque([value, side])),
         }[self.kind]()
 
 
 class Outputs(Chain):
     def __init__(self) -> None:
         super().__init__()
-        self.parts = nn.ModuleDict({kind: Structured(kind) for kind in ("tuple", "dict", "dataclass", "object")})
+        kinds = ("tuple", "dict", "dataclass", "object", "slots")
+        self.parts = nn.ModuleDict({kind: Structured(kind) for kind in kinds})
 
     def hidden(self, x: Tensor, step: int, rank: int) -> Tensor:
         value, _, (side,), *_ = self.parts["tuple"](inputs={"x": x})
         out = self.parts["dict"](inputs={"x": value + side})
         data = self.parts["dataclass"](inputs={"x": out["value"] + out["nested"]["side"]})
-        thing = self.parts["object"](inputs={"x": data.value + data.extras["side"]})
+        value, side = self.parts["slots"](inputs={"x": data.value + data.extras["side"]}).items
+        thing = self.parts["object"](inputs={"x": value + side})
         # Now one output alone goes on to the loss.
         return self.parts["dataclass"](inputs={"x": thing.value}).extras["side"]
 
@@ -316,6 +327,55 @@ class InPlace(Chain):
         y = self.layers[2](x)
         y[0] = y[0] * 2 + x[1]
         return F.relu_(y)
+
+
+class Heads(nn.Module):
+    """Returns a view of what it has computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.lin(x))).unflatten(-1, (4, 2)).transpose(1, 2)
+
+
+class ViewInPlace(Chain):
+    """The view that a module has returned is written to, as position embeddings often are added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList([Heads(), Heads()])
+        self.position = nn.Parameter(torch.linspace(-1, 1, 8).view(2, 4))
+
+    def hidden(self, x: Tensor, step: int, rank: int) -> Tensor:
+        x = self.heads[0](super().hidden(x, step, rank))
+        x += self.position
+        return self.heads[1](x.flatten(1)).flatten(1)
+
+
+class Router(nn.Module):
+    """Leaves a loss of its own as an attribute, made after its output, by other weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.inner, self.norm = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(torch.tanh(self.inner(x)))
+        self.balance = torch.tanh(self.gate(x)).square().mean()
+        return y
+
+
+class Routed(Chain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.routers = nn.ModuleList(nn.Sequential(Router()) for _ in range(3))
+
+    def forward(self, x: Tensor, step: int, rank: int) -> Tensor:
+        for router in self.routers:
+            x = router(x)
+        return super().forward(x, step, rank) + 0.1 * sum(router[0].balance for router in self.routers)
 
 
 class Norms(Chain):
@@ -454,6 +514,17 @@ class GradientPenalty(Chain):
         return loss + slope.square().sum()
 
 
+class PenaltyFirst(Chain):
+    """That gradient is taken first; then the layers compute again, with and without a graph."""
+
+    def forward(self, x: Tensor, step: int, rank: int) -> Tensor:
+        x = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(self.head(self.hidden(x, step, rank)).mean(), x, create_graph=True)
+        with torch.no_grad():
+            self.hidden(x, step, rank)
+        return slope.square().sum() + super().forward(x.detach(), step, rank)
+
+
 CASES: dict[str, Callable[[], nn.Module]] = {
     "plain": Chain,
     "used twice": UsedTwice,
@@ -474,11 +545,14 @@ CASES: dict[str, Callable[[], nn.Module]] = {
     "outputs without gradient": NoGradient,
     "side loss": SideLoss,
     "in place": InPlace,
+    "a view in place": ViewInPlace,
+    "losses left aside": Routed,
     "norms": Norms,
     "convolutions": Convolutions,
     "LoRA": LoRA,
     "frozen for a while": FrozenForAWhile,
     "gradient penalty": GradientPenalty,
+    "gradient penalty first": PenaltyFirst,
     **{
         f"{'reentrant' if reentrant else 'non-reentrant'} checkpoint: {how}": lambda how=how, reentrant=reentrant: (
             Checkpointed(how, reentrant=reentrant)

@@ -70,7 +70,7 @@ def configure(
     if deepspeed_config is not None:
         from zerolith.config import load_config
 
-        section = load_config(deepspeed_config).activation_checkpointing
+        section = load_config(deepspeed_config, allow_auto=True).activation_checkpointing
         on_host = section.cpu_checkpointing if checkpoint_in_cpu is None else on_host
     wanted = {
         "partition_activations": partition_activations,
@@ -94,8 +94,12 @@ def reset() -> None:
     _configured.clear()
 
 
-def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """function(*args, **kwargs), whose activations are computed again in backward. Tensors may be at any depth."""
+def checkpoint(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """function(*args, **kwargs), whose activations are computed again in backward. Tensors may be at any depth.
+
+    `use_reentrant` is not the function's: callers of torch's checkpoint may pass it, and it has no effect.
+    """
+    kwargs.pop("use_reentrant", None)
     return _run(_configured[0] if _configured else Options(), function, *args, **kwargs)
 
 
@@ -122,7 +126,7 @@ def _run(options: Options, function: Callable[..., Any], /, *args: Any, **kwargs
     chosen: dict[str, Any] = {}
     if options.selective:
         chosen["context_fn"] = partial(create_selective_checkpoint_contexts, EXPENSIVE)
-    return torch_checkpoint(function, *args, use_reentrant=False, **chosen, **kwargs)
+    return torch_checkpoint(partial(function, **kwargs), *args, use_reentrant=False, **chosen)
 
 
 def _run_offloaded(block: Block, selective: bool, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -131,7 +135,7 @@ def _run_offloaded(block: Block, selective: bool, function: Callable[..., Any], 
         results: list[Result] = []
         chosen["context_fn"] = lambda: (_Keep(results, block), _Reuse(results))
     with block.hooks():
-        return torch_checkpoint(partial(_inside, function), *args, use_reentrant=False, **chosen, **kwargs)
+        return torch_checkpoint(partial(_inside, function, **kwargs), *args, use_reentrant=False, **chosen)
 
 
 def _inside(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:

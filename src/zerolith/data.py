@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -157,10 +158,16 @@ class Loader:
         self.epoch = 0
         self._taken = 0  # micro-batches of each rank since `_source.start`
         self._begun = False
+        self._moves = 0  # how often the position was set
 
     @property
     def dataset(self) -> Any:
         return self._source.stream if isinstance(self._source, _Dealt) else self._loader.dataset
+
+    @property
+    def num_samples(self) -> int | None:
+        """Of the dataset, on all ranks; None of a stream."""
+        return self._source.num_samples if isinstance(self._source, MicroBatchSampler) else None
 
     def __len__(self) -> int:
         """Micro-batches of each rank that one pass has, or that are left of the one to be resumed."""
@@ -171,14 +178,18 @@ class Loader:
     def __iter__(self) -> Iterator[Any]:
         if self._begun:
             self.set_epoch(self.epoch + 1)
-        self._begun = True
-        if self._loader.generator is not None:
-            self._loader.generator.manual_seed(self.epoch)
-        if isinstance(self._source, MicroBatchSampler):
-            self._source.epoch = self.epoch
-        for batch in self._loader:
-            self._taken += 1
-            yield batch
+        moves = -1
+        while moves != self._moves:  # who sets the position amid a pass goes on from there
+            moves, self._begun = self._moves, True
+            if self._loader.generator is not None:
+                self._loader.generator.manual_seed(self._seed())
+            if isinstance(self._source, MicroBatchSampler):
+                self._source.epoch = self.epoch
+            for batch in self._loader:
+                self._taken += 1
+                yield batch
+                if moves != self._moves:
+                    break
         self.set_epoch(self.epoch + 1)
 
     def set_epoch(self, epoch: int) -> None:
@@ -186,6 +197,7 @@ class Loader:
         self.epoch = epoch
         self._source.start = self._taken = 0
         self._begun = False
+        self._moves += 1
 
     def state_dict(self) -> dict[str, int]:
         """The same on every rank; may be loaded at another number of ranks and another micro-batch."""
@@ -198,8 +210,14 @@ class Loader:
                 raise UsageError(f"the loader's state has {name} {state.get(name)}, this loader {value}")
         self.set_epoch(state["epoch"])
         self._source.start = state["samples"]
-        if isinstance(self._source, MicroBatchSampler) and state["samples"] >= self._source.num_samples:
+        is_known = isinstance(self._source, MicroBatchSampler)
+        if is_known and self._deal.rounds(self._source.num_samples - state["samples"]) <= 0:
             self.set_epoch(state["epoch"] + 1)
+
+    def _seed(self) -> int:
+        """Of the pass that begins: worker processes draw other numbers in each, and on each rank."""
+        start = self._source.start, self._deal.rank
+        return random.Random(f"{torch.initial_seed()} {self.epoch} {start}").getrandbits(63)
 
     def _kind(self) -> dict[str, int]:
         if isinstance(self._source, _Dealt):
@@ -253,7 +271,7 @@ def make_loader(
     deal = Deal(micro_batch=micro_batch, rank=rank, num_ranks=num_ranks, drop_last=drop_last)
     pin = torch.cuda.is_available()
     own = torch.Generator()  # torch's loader draws a number at the start of each pass: not from the training's
-    if not hasattr(dataset, "__len__"):
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         if curriculum is not None or num_workers:
             raise UsageError("training_data is iterable: a curriculum and worker processes need a map-style dataset")
         dealt = _Dealt(dataset, deal)

@@ -21,11 +21,13 @@ from zerolith.config import Config
 from zerolith.ending import let_go, let_go_aside
 from zerolith.errors import UsageError
 from zerolith.forward import Forward
+from zerolith.hooks import graph_task
 from zerolith.integrity import Integrity
 from zerolith.lending import Lending
 from zerolith.memory import SwapFile
 from zerolith.observe import Phases, StepNumbers, Summary, Watch, summarize
 from zerolith.optim import PartitionedOptimizer, ZeroOptimizer, examine
+from zerolith.outputs import on_gradient, tensors_in
 from zerolith.precision import LossScaler
 from zerolith.sharded_model import ShardedModel
 from zerolith.status import StepReport
@@ -67,6 +69,7 @@ class Engine(Lending):
         self.client_state: Mapping[str, Any] = {}
         self._syncing = True
         self._in_backward = False
+        self._task = -1  # the outermost of autograd's graph tasks, if it has come to an output of the module
         self._managed = False  # the backward under way is engine.backward's, or of a loss that scale() has seen
         self._partitioned: PartitionedOptimizer | None = None
         if optimizer is not None:
@@ -161,22 +164,22 @@ class Engine(Lending):
         Works at every stage, at the cost of one whole gradient in the accumulation dtype per rank.
         """
         self._check_alive()
-        self._syncing = False
+        before, self._syncing = self._syncing, False
         try:
             yield
         finally:
-            self._syncing = True
+            self._syncing = before
 
     @contextmanager
     def coalesce_grad_reduction(self) -> Iterator[None]:
         """Backwards in here keep this rank's gradient whole, as in no_sync; leaving it reduces their sum at once.
 
-        Stages that reduce at the accumulation boundary alone (0 and 1) do so before it, too. Collective at the end.
+        Stages that reduce at the accumulation boundary alone (0 and 1) do so there. Collective at the end.
         """
         with self.no_sync():
             yield
         resting = self._sharded.plan.partitioning.rests_partial and not self._micro.is_last()
-        if not resting:
+        if self._syncing and not resting:
             self._sharded.reducer.flush()
 
     def is_gradient_accumulation_boundary(self) -> bool:
@@ -197,6 +200,7 @@ class Engine(Lending):
         """
         self._check_ready()
         self._check_here()
+        self._sharded.gatherer.check_idle()
         if self._partitioned is None:
             raise UsageError("step() needs an optimizer; pass one to initialize or name one in the config")
         self._catch_up()
@@ -238,7 +242,10 @@ class Engine(Lending):
         sharded.reducer.finish()
         interval = settings.fingerprint_interval
         is_checked = interval > 0 and self.global_steps % interval == 0
-        facts = examine(sharded.gradients, sharded.comm, fingerprint=is_checked)
+        facts = examine(sharded.gradients, sharded.comm, late=sharded.reducer.late(), fingerprint=is_checked)
+        if any(facts.late):
+            sharded.reducer.finish(facts.late)
+            facts = examine(sharded.gradients, sharded.comm)
         terms = self._terms()
         norm = facts.norm / terms
         skip = facts.overflow and (not settings.bf16.enabled or settings.bf16.check_grad_overflow)
@@ -247,10 +254,10 @@ class Engine(Lending):
             coefficient = min(1.0, clip / (norm + CLIP_EPS)) if clip and not facts.overflow else 1.0
             with self._or_mixture():
                 optimizer.step(facts.used, sharded.publish, grad_factor=coefficient / terms)
-        sharded.reducer.reset()
+        sharded.drop_gradients()
         if skip and sharded.comm.rank == 0:
             message = "step %d skipped: the gradient of %s is not finite (loss scale %g)"
-            logger.warning(message, self.global_steps, facts.culprit, scale)
+            logger.warning(message, self.global_steps + 1, facts.culprit, scale)
         self._scaler.update(overflow=facts.overflow, cause=facts.culprit)
         self.optimizer.stepped(skipped=skip, loss_scale=self._scaler.scale)
         return StepReport(norm, skip, scale, facts.culprit)
@@ -259,7 +266,7 @@ class Engine(Lending):
         """Drop what has been accumulated since the last step. step() does so by itself."""
         self._check_alive()
         if not self._in_backward and self._micro.since_step:
-            self._sharded.reducer.reset()
+            self._sharded.drop_gradients()
             self._micro.drop()
 
     def reset(self) -> None:
@@ -268,7 +275,7 @@ class Engine(Lending):
         Every rank calls it. Gradients since the last step are dropped; weights and optimizer states stay.
         """
         self._check_alive()
-        self._in_backward = self._managed = False
+        self._in_backward, self._managed, self._task = False, False, -1
         if self._partitioned is not None:
             self._partitioned.settle()
         self._sharded.reset()
@@ -338,6 +345,7 @@ class Engine(Lending):
         self._sharded.reducer.begin(reducing=self._syncing and not resting)
 
     def _leave_backward(self) -> None:
+        self._task = -1
         if not self._in_backward:
             return
         self._sharded.reducer.end()
@@ -347,9 +355,18 @@ class Engine(Lending):
 
     def _watch_output(self, module: nn.Module, args: Any, output: Any) -> None:
         """Learn of a backward at its very start, so that nested backwards count as one."""
-        for leaf in torch.utils._pytree.tree_leaves(output) if torch.is_grad_enabled() else ():
-            if isinstance(leaf, Tensor) and leaf.requires_grad:
-                leaf.register_hook(_weakly(self, Engine._on_backward))
+        if torch.is_grad_enabled():
+            on_gradient(tensors_in(output), _weakly(self, Engine._on_output_gradient))
+
+    def _on_output_gradient(self, *_: Any) -> None:
+        """Autograd has begun something, which may be the gradient of an input, or of another model's loss."""
+        if self._in_backward:
+            return
+        if self._task != graph_task():
+            self._task = graph_task()
+            torch.autograd.Variable._execution_engine.queue_callback(_weakly(self, Engine._leave_backward))
+        if self._sharded.reducer.will_collect():
+            self._on_backward()
 
     def _on_backward(self, *_: Any) -> None:
         """Autograd has begun a backward: ours, or one that the client called on a tensor."""
@@ -360,7 +377,8 @@ class Engine(Lending):
                 "this precision needs loss scaling: call engine.backward(loss), or engine.scale(loss).backward()"
             )
         self._enter_backward()
-        torch.autograd.Variable._execution_engine.queue_callback(_weakly(self, Engine._leave_backward))
+        if self._task == -1:
+            torch.autograd.Variable._execution_engine.queue_callback(_weakly(self, Engine._leave_backward))
 
     def _autocast(self) -> Any:  # a context manager
         dtype = self._sharded.plan.precision.autocast

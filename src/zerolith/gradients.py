@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
 
 from zerolith.buffer import FlatBuffer
 from zerolith.comm import Comm, Pending, add_into, done
@@ -155,6 +156,17 @@ class Gradients:
         pending = redistribute(sent.buffer, self._to_overwrite().own(), comm=self.comm, name=name, fresh=fresh)
         return pending if sent is self._lender else Then(pending, sent.give_back)
 
+    def keep_late(self) -> None:
+        """Let a term that came after the section was reduced rest until the next reduction."""
+        late = self.term
+        if late is not None and not late.rests:
+            self.term = Term.take(self.section, self.comm, self.rest_dtype)
+            self.term.rests = True
+            for index, filled in enumerate(late.filled):
+                if filled:
+                    self.term.add(index, late.buffer.slot(index))
+            late.give_back()
+
     def start_finish(self) -> Pending:
         """Begin to bring the sum to the optim placement, if it is not there. Collective."""
         if self.fresh:
@@ -227,11 +239,13 @@ class Reducer:
         self._follows = False  # whether the sequence is that of a backward that was seen
         self._in_flight: deque[tuple[Gradients, Pending]] = deque()
         self._gathers: list[Pending] = []  # of sums that are complete, behind what is left of backward
-        self._handles = [
+        hooked = [
             _hook(member.param, self._collector(number, index))
             for number, own in enumerate(self.gradients)
             for index, member in enumerate(own.section.members)
         ]
+        self._handles = [handle for handle, _ in hooked]
+        self._leaves = [leaf for _, leaf in hooked]  # autograd's nodes that accumulate
 
     def begin(self, *, reducing: bool) -> None:
         """A backward begins; `reducing` says whether its gradients leave now. The same on all ranks."""
@@ -263,21 +277,43 @@ class Reducer:
     def _reduce_rest(self) -> None:
         for number in self._sequence.rest():
             self._launch(number)
-        for number, own in enumerate(self.gradients):
-            # What came after its section was reduced: a module that runs in two parts of reentrant checkpointing
-            # leaves a second term. That is so on every rank, since all of them run the same modules.
-            if own.term is not None:
+        self.wait()
+        self.partial = self.reducing = False
+        for own in self.gradients:
+            own.keep_late()
+
+    def finish(self, late: Sequence[bool] = ()) -> None:
+        """Bring every sum to the optim placement. Collective.
+
+        `late`, the same on all ranks: the sections of which some rank has a term that came after their reduction. A
+        module that runs in two parts of reentrant checkpointing leaves one, or a parameter used outside its module.
+        """
+        self.flush()
+        for number, is_late in enumerate(late):
+            if is_late:
                 self.wait()
                 self.wait_for_gathers()  # its first sum may be on its way
                 self._launch(number)
         self.wait()
-        self.partial = False
-
-    def finish(self) -> None:
-        """Bring every sum to the optim placement. Collective."""
-        self.flush()
         self._gathers += [own.start_finish() for own in self.gradients]
         self.wait_for_gathers()
+
+    def late(self) -> list[bool]:
+        """Of which sections this rank has a term that was not reduced with the others'."""
+        return [own.term is not None for own in self.gradients]
+
+    def finish_late(self) -> None:
+        """Finish what came late on any rank, if all else is reduced. Collective."""
+        late = self.comm.max([float(flag) for flag in self.late()], name="late gradients")
+        if any(late):
+            self.finish([flag > 0 for flag in late])
+
+    def will_collect(self) -> bool:
+        """Whether the backward that runs on this thread brings gradients here: autograd.grad does not."""
+        try:
+            return any(map(torch._C._will_engine_execute_node, self._leaves))
+        except RuntimeError:  # it is the gradient of parameters that autograd.grad was asked for
+            return False
 
     def wait(self) -> None:
         """Let the reduction in flight end."""
@@ -295,7 +331,7 @@ class Reducer:
         for own in self.gradients:
             if not own.is_held:
                 own.reset()
-        self.partial = False
+        self.partial = self.reducing = False
         self._sequence.restart()
 
     def remove_hooks(self) -> None:
@@ -336,9 +372,10 @@ class Reducer:
         self._sequence.follow(order.tolist())
 
 
-def _hook(param: Tensor, hook: Callable[[Tensor], None]) -> Any:  # torch's RemovableHandle
-    """Register `hook` for when `param.grad` is there; also on a parameter that is frozen for now."""
+def _hook(param: Tensor, hook: Callable[[Tensor], None]) -> tuple[Any, Node]:  # Any: torch's RemovableHandle
+    """Register `hook` for when `param.grad` is there, also on a parameter that is frozen for now; its node, too."""
     wanted_grad = param.requires_grad
     handle = param.requires_grad_(True).register_post_accumulate_grad_hook(hook)
+    leaf = get_gradient_edge(param).node
     param.requires_grad_(wanted_grad)
-    return handle
+    return handle, leaf

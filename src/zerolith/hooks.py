@@ -17,26 +17,26 @@ whichever of their parameters get a gradient there.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import logging
+import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zerolith.errors import UsageError
+from zerolith.outputs import on_gradient, tensors_in
 from zerolith.parameter import ShardedParameter, refuse
 from zerolith.schedule import Order
 from zerolith.unit import Unit
 
 logger = logging.getLogger("zerolith")
 READ_AHEAD = 3  # units whose shards are brought from where they rest: the next one, and those behind it
-NO_TENSORS_IN = (str, bytes, int, float, type, FunctionType, MethodType, nn.Module)
 
 
 def graph_task() -> int:
@@ -52,8 +52,8 @@ def in_backward() -> bool:
 class Call:
     """One forward of one module, as its backward will need to know it."""
 
-    def __init__(self, units: list[Unit], *, now: int) -> None:
-        self.units = units
+    def __init__(self, *, now: int) -> None:
+        self.units: list[Unit] = []  # that it uses
         self.began = now  # readings of the gatherer's clock
         self.ended = now
         self.task = -1  # the graph task in which its backward began last
@@ -80,17 +80,29 @@ class Gatherer:
         self._numbers = {unit: number for number, unit in enumerate(units)}
         self._forward_order, self._backward_order = Order(), Order()
         self._clock = itertools.count(1)
-        self._calls: list[tuple[nn.Module, Call]] = []  # forwards that are running, outermost first
+        self._running = threading.local()  # see `_calls`
         self._open: list[Call] = []  # calls whose backward has begun
         self._tasks: list[int] = []  # graph tasks that are running, outermost first
-        self._awaited: Counter[Unit] = Counter()  # by unit: forwards whose backward has not begun
-        self._keeping = False  # a backward with create_graph needs the parameters for a backward of itself
+        self._awaited: Counter[Unit] = Counter()  # by unit: forwards since the last step whose backward has not begun
+        self._keeping = False  # after a backward with create_graph, until the backward of that one is over
+        self._is_differentiated = False  # the backward under way is such a one
+        self._aside: dict[tuple[int, str], weakref.ref[Tensor]] = {}  # by module and attribute: tensors left there
         self._unrecorded: dict[int, int] = {}  # by module: when its last forward ended, if that was without a graph
         self._external: dict[int, list[Unit]] = {}  # by module: units of other modules that its forward needs
         self._handles: list[Any] = []  # torch's RemovableHandle
         self._own: dict[int, list[Unit]] = {}  # by module that has our hooks: its unit; the model keeps them alive
         for unit, module in zip(units, modules, strict=True):
             self._install(module, [unit])
+        others = {*modules}
+        self._within = {  # by module: itself and those in it that have no unit of their own
+            id(module): [each for _, each in module.named_modules(memo=others - {module})] for module in modules
+        }
+
+    @property
+    def _calls(self) -> list[tuple[nn.Module, Call]]:
+        """Forwards that are running in this thread, outermost first."""
+        calls: list[tuple[nn.Module, Call]] = self._running.__dict__.setdefault("calls", [])
+        return calls
 
     def add_external(self, module: nn.Module, unit: Unit) -> None:
         """From now on `unit` is whole while `module` computes, too."""
@@ -124,22 +136,37 @@ class Gatherer:
         """Release every unit: nothing needs whole parameters between backward and the next forward."""
         self._open.clear()
         self._tasks.clear()
-        self._awaited.clear()
-        if not self._keeping:
-            self.release_all()
+        self._keeping = self._keeping and self._is_differentiated
+        self._release_unused()
 
     def release_all(self) -> None:
         """Bring every unit to rest that no running forward uses."""
-        for unit in self.units:
-            if unit.uses == 0:
-                unit.release()
+        self._keeping = False
+        self._release_unused()
+
+    def forget_awaited(self) -> None:
+        """Backwards of the forwards so far are not waited for: a step is over."""
+        self._awaited.clear()
+
+    def check_idle(self) -> None:
+        """Raises UsageError if a unit is in use and would not get new weights."""
+        if self._calls:
+            raise UsageError(
+                f"step() while a forward of a {type(self._calls[0][0]).__name__} runs; if an interrupt ended it, call "
+                "engine.reset()"
+            )
+        used = next((unit.name for unit in self.units if unit.is_sharded and unit.uses > 0), None)
+        if used is not None:
+            raise UsageError(f"step() inside zero.GatheredParameters (of {used}): leave it before the step")
 
     def reset(self) -> None:
         """After an exception: no forward is running any more."""
+        for _, call in self._calls:
+            for unit in call.units:
+                unit.leave()
         self._calls.clear()
-        self._keeping = False
-        for unit in self.units:
-            unit.uses = 0
+        self._awaited.clear()
+        self._keeping = self._is_differentiated = False
         self.end_backward()
 
     def remove_hooks(self) -> None:
@@ -168,13 +195,14 @@ class Gatherer:
             self._open.clear()  # of a backward that failed
             self._tasks.clear()
         units = dict.fromkeys([*self._own[id(module)], *self._external.get(id(module), ())])
-        call = Call(list(units), now=next(self._clock))
+        call = Call(now=next(self._clock))
         self._calls.append((module, call))
         if in_backward() and id(module) in self._unrecorded:
             # A reentrant checkpoint recomputes. The graph around it has passed all that came after it.
             self._finish_later_than(self._unrecorded[id(module)], graph_task())
-        for unit in call.units:
-            unit.uses += 1
+        for unit in units:
+            unit.enter()
+            call.units.append(unit)
             self._gather(unit)
 
     def _post_forward(self, module: nn.Module, output: Any) -> None:
@@ -186,36 +214,42 @@ class Gatherer:
             self._unrecorded[id(module)] = call.ended
         elif not in_backward():
             self._unrecorded.pop(id(module), None)
-        tensors = list(_tensors(output))
+        tensors = list(tensors_in(output))
         for unit in call.units:
-            unit.uses -= 1
+            unit.leave()
             if self._calls and any(unit.lends(tensor) for tensor in tensors):
                 self._lend(unit)
             # The unit that forward used last is the one that backward will use first.
             kept = torch.is_grad_enabled() and (unit.stays or self._forward_order.ends_with(self._numbers[unit]))
-            if unit.uses == 0 and not in_backward() and not kept:
+            if unit.uses == 0 and not in_backward() and not kept and not self._keeping:
                 unit.release()
         if torch.is_grad_enabled():
-            self._await_backward(call, tensors)
+            self._await_backward(call, [*tensors, *self._left_aside(module)])
         elif not self._calls and not in_backward():
-            self.release_all()  # what was gathered ahead and not used
+            self._release_unused()  # what was gathered ahead and not used
 
     def _lend(self, unit: Unit) -> None:
         """The forward that is running needs `unit` until its own end, and will the next time."""
         module, call = self._calls[-1]
         if unit not in call.units:
             call.units.append(unit)
-            unit.uses += 1
+            unit.enter()
             self.add_external(module, unit)
             kind = type(module).__name__
             logger.info("parameters of %s are used by a %s, which keeps them whole from now on", unit.name, kind)
 
+    def _left_aside(self, module: nn.Module) -> Iterator[Tensor]:
+        """What a forward has left in attributes of its modules, where others find it: losses of a router."""
+        for inner in self._within.get(id(module), ()):
+            for name, value in vars(inner).items():
+                if isinstance(value, Tensor) and value.grad_fn is not None:
+                    seen = self._aside.get((id(inner), name))
+                    if seen is None or seen() is not value:
+                        self._aside[id(inner), name] = weakref.ref(value)
+                        yield value
+
     def _await_backward(self, call: Call, outputs: list[Tensor]) -> None:
-        # Not leaves: hooks on them outlive this forward, and no module's backward lies behind them.
-        watched = {id(tensor): tensor for tensor in outputs if tensor.grad_fn is not None}
-        for tensor in watched.values():
-            tensor.register_hook(partial(self._pre_backward, call))
-        if watched and not in_backward():
+        if on_gradient(outputs, partial(self._pre_backward, call)) and not in_backward():
             self._awaited.update(call.units)
 
     def _pre_backward(self, call: Call, grad: Tensor) -> None:
@@ -235,7 +269,8 @@ class Gatherer:
             return
         if not self._tasks:
             self._backward_order.restart()
-            self._keeping = torch.is_grad_enabled()
+            self._is_differentiated = torch.is_grad_enabled()
+            self._keeping = self._keeping or self._is_differentiated
         self._tasks.append(task)
         torch.autograd.Variable._execution_engine.queue_callback(partial(self._leave_task, task))
 
@@ -277,24 +312,7 @@ class Gatherer:
             for each in ahead:
                 each.read_ahead()
 
-
-def _tensors(output: Any) -> Iterator[Tensor]:  # whatever a module returns
-    """The tensors in an output: in containers, dataclasses and other objects, at any depth."""
-    pending, seen = [output], set()
-    while pending:
-        value = pending.pop()
-        if isinstance(value, Tensor):
-            yield value
-        elif id(value) not in seen and not isinstance(value, NO_TENSORS_IN):
-            seen.add(id(value))
-            pending += _parts(value)
-
-
-def _parts(value: Any) -> list[Any]:
-    if isinstance(value, Mapping):
-        return list(value.values())
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return list(value)
-    if dataclasses.is_dataclass(value):
-        return [getattr(value, each.name, None) for each in dataclasses.fields(value)]
-    return list(getattr(value, "__dict__", {}).values())
+    def _release_unused(self) -> None:
+        for unit in self.units if not self._keeping else ():
+            if unit.uses == 0:
+                unit.release()

@@ -25,6 +25,7 @@ from zerolith.data import Loader, make_loader
 from zerolith.engine import Engine
 from zerolith.errors import ConfigError, OptimizerError, UsageError
 from zerolith.forward import Forward
+from zerolith.member import Member
 from zerolith.memory import keep_freed_pages
 from zerolith.memory.offload import Offload
 from zerolith.observe import Logs, Watch, make_monitors
@@ -33,7 +34,7 @@ from zerolith.parameter import ShardedParameter
 from zerolith.partitioning import REPLICATE, Partitioning
 from zerolith.placement import Placement, check_room, make_placement
 from zerolith.precision import LossScaler, Precision
-from zerolith.section import Member, Plan, weights_in
+from zerolith.section import Plan, weights_in
 from zerolith.sharded_model import ShardedModel
 from zerolith.wrap import WrapPolicy, find_members
 from zerolith.zero.init import Origin
@@ -102,6 +103,9 @@ def initialize(
     engine.lr_scheduler = inputs.scheduler
     engine._prepare_checkpoints(inputs.preemption)
     if comm.rank == 0:
+        for note in inputs.config.notes:
+            level = logging.WARNING if note.is_mistake else logging.INFO
+            logger.log(level, "config: %s: %s", note.path, note.why)
         logger.info("%s", engine.summary())
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
@@ -252,6 +256,8 @@ def _facts(inputs: _Inputs, comm: Comm) -> dict[str, str]:
     for number, member in enumerate(inputs.members):
         kind, trained = _kind(member.param), member.param.requires_grad
         facts[member.name] = f"number {number}, {kind}, group {member.group}, trained {trained}"
+    if isinstance(inputs.loader, Loader) and inputs.loader.num_samples is not None:
+        facts["samples in training_data"] = str(inputs.loader.num_samples)
     facts |= {f"buffer {name}": _kind(buffer) for name, buffer in inputs.model.named_buffers()}
     if inputs.optimizer is not None:
         facts["optimizer"] = type(inputs.optimizer).__qualname__

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from zerolith.errors import UsageError
+
+logger = logging.getLogger("zerolith")
+MANY_DROPS = 3  # in a row, which is no accident
 
 
 class MicroSteps:
@@ -18,6 +22,7 @@ class MicroSteps:
         self.per_step = per_step
         self.managed = managed
         self.total = 0  # backwards so far
+        self._drops = 0  # accumulations dropped since the last step
         self._origin = 0  # of them, before the accumulation was counted anew
         self.since_step = 0  # backwards since the last optimizer step
         self.after_backward = False  # a backward is over, and neither step() nor a forward nor another has begun
@@ -61,11 +66,19 @@ class MicroSteps:
         self.asked = True
         self.after_backward = False
         if due:
-            self.since_step = 0
+            self.since_step = self._drops = 0
         return due
 
     def drop(self) -> None:
         """Forget the micro-batches since the last step; the next one starts a new accumulation."""
+        self._drops += 1
+        if self._drops == MANY_DROPS:
+            logger.warning(
+                "zero_grad() has dropped %d unfinished accumulations of %d micro-batches and no step was taken: leave "
+                "it out, step() does it by itself",
+                self._drops,
+                self.per_step,
+            )
         self._origin = self.total
         self.since_step = 0
         self.after_backward = False

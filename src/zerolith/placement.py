@@ -16,11 +16,11 @@ from zerolith.comm import Comm, ranks_on_this_host
 from zerolith.config import Config
 from zerolith.config.schema import OffloadOptimizer, OffloadParam
 from zerolith.errors import OffloadError
+from zerolith.member import Member
 from zerolith.memory import HostStore, StagedSwap, Store, SwapFile, memory_of_host
 from zerolith.observe import STATES
 from zerolith.optim import original
 from zerolith.precision import Precision
-from zerolith.section import Member
 
 logger = logging.getLogger("zerolith")
 

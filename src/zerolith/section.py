@@ -13,55 +13,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
-from enum import Enum
+from itertools import compress
 from typing import NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zerolith.buffer import FlatBuffer
 from zerolith.comm import Comm, Pending
 from zerolith.errors import UsageError
 from zerolith.layout import plan_layout
+from zerolith.member import Granularity, Member
 from zerolith.memory import Residency, Store
 from zerolith.parameter import ShardedParameter, Touch
 from zerolith.partitioning import REPLICATE, SHARD, Partitioning
 from zerolith.precision import Precision
 from zerolith.redistribute import Then, redistribute
-
-
-class Granularity(Enum):
-    """What an optimizer needs to see of a tensor in order to step it."""
-
-    ELEMENT = "element"  # any part of it: Adam, SGD, Lion, ...
-    TENSOR = "tensor"  # the whole of it: Muon, Adafactor, Shampoo, ...
-
-
-@dataclass(eq=False, kw_only=True)
-class Member:
-    """One parameter of the model and every place where modules hold it."""
-
-    name: str
-    param: nn.Parameter
-    homes: list[tuple[nn.Module, str]] = field(default_factory=list)
-    group: int = -1  # index of its optimizer param group; -1 if no optimizer has it
-    granularity: Granularity = Granularity.ELEMENT  # what that group's optimizer needs to see of it
-    whole: Callable[[], Tensor] | None = None  # for parameters that are sharded already: collective, the whole tensor
-    stand_in: ShardedParameter | None = None  # what the model held instead of `param`, where it was sharded before
-    wanted_grad: bool = True  # requires_grad when the engine was made
-
-    def __post_init__(self) -> None:
-        self.wanted_grad = self.param.requires_grad
-
-    @property
-    def trained(self) -> bool:
-        return self.group >= 0
-
-    def install(self, param: Tensor) -> None:
-        """Make every module that holds this parameter hold `param` in its place."""
-        for module, attribute in self.homes:
-            # Not setattr: modules such as nn.LSTM keep lists of their parameters and rebuild them on assignment.
-            module._parameters[attribute] = param  # type: ignore[assignment]  # a stand-in counts as a parameter
 
 
 class _Weights:
@@ -139,8 +106,10 @@ class Section:
         self.stand_ins = self._make_stand_ins(touch)
         for member, view in zip(self.members, self._views, strict=True):
             member.param.data = view  # its old storage goes
+            member.param.grad = None
             member.install(member.param)
             member.whole = None
+        self._wanted_grads = [member.param.requires_grad for member in self.members]
         for index, member in enumerate(self.members):
             if member.stand_in is not None:  # an optimizer or the user may keep it: its memory is ours from now on
                 member.stand_in.local, member.stand_in.origin = self.weights.own().local(index), None
@@ -194,11 +163,10 @@ class Section:
 
     def install_whole(self) -> None:
         """Put the real parameters back into their modules."""
+        self._follow_requires_grad()
         for member, stand_in, view in zip(self.members, self.stand_ins, self._views, strict=True):
             member.param.data = view
-            if member.param.requires_grad != stand_in.requires_grad:
-                member.param.requires_grad_(stand_in.requires_grad)
-            member.install(member.param)
+            member.install(member.param, instead_of=stand_in)
             stand_in.gathered = member.param
         self.drop_edits()
 
@@ -207,14 +175,30 @@ class Section:
         if self._whole_versions != [member.param._version for member in self.members]:
             with self.near(to_write=True):
                 self.weights.data.copy_(self.whole.own().data)
+        self._follow_requires_grad()
         for member, stand_in, absent in zip(self.members, self.stand_ins, self._absent, strict=True):
             member.param.data = absent
-            if member.param.requires_grad != stand_in.requires_grad:
-                stand_in.requires_grad_(member.param.requires_grad)
-            member.install(stand_in)
+            member.install(stand_in, instead_of=member.param)
             stand_in.gathered = None
         if not self.keeps_memory:
             self.whole.release()
+
+    def _follow_requires_grad(self) -> None:
+        """People switch it on a parameter or on its stand-in, whichever they hold: the other one follows."""
+        for index, (member, stand_in) in enumerate(zip(self.members, self.stand_ins, strict=True)):
+            if member.param.requires_grad != stand_in.requires_grad:
+                self._wanted_grads[index] = not self._wanted_grads[index]  # the one that has changed says so
+                for tensor in (member.param, stand_in):
+                    tensor.requires_grad_(self._wanted_grads[index])
+            self._wanted_grads[index] = member.param.requires_grad
+
+    def replaced(self) -> str:
+        """Name of a trained parameter that the model no longer holds, or not in our memory; "" if there is none."""
+        for index, member in enumerate(self.members if self.trained else ()):
+            is_ours = self.is_sharded or member.param.data_ptr() == self._views[index].data_ptr()
+            if not (is_ours and member.is_held(member.param, *self.stand_ins[index : index + 1])):
+                return member.name
+        return ""
 
     def drop_edits(self) -> None:
         """Forget what was written to the whole parameters since they were gathered."""
@@ -274,12 +258,19 @@ class Section:
 
     def adopt_edits(self) -> None:
         """Let the masters follow weights that were written to; `whole` must be there if masters are elsewhere."""
+        edited = [True] * len(self.members)
+        if not self.is_sharded:
+            edited = [before != now for before, now in zip(self._versions, self._current_versions(), strict=True)]
         with self.resident(), self.near():
-            if self.main is not None:
+            if self.main is not None and all(edited):
                 source = self.weights.own() if self.main.placement is SHARD else self.weights
                 _follow(self.main.data, source.data)
+            elif self.main is not None:  # the others' masters may have been set, and their weights not yet
+                for index in compress(range(len(edited)), edited):
+                    _follow(self.main.local(index), self._held(index, self.main))
             for index, master in self.masters.items():
-                _follow(master, self.whole.slot(index))
+                if edited[index]:
+                    _follow(master, self.whole.slot(index))
         self._versions = self._current_versions()
 
     def adopt_slot(self, index: int) -> None:
@@ -293,13 +284,20 @@ class Section:
 
     def write_slot(self, index: int, flat: Tensor) -> None:
         """Make `flat`, the whole tensor `index` flattened and equal on every rank, the weights' content."""
-        own = self.weights.own()
-        part = self.layout.owned(index, own.rank)
-        with self.near(to_write=True):
-            own.local(index).copy_(flat[part.start : part.stop])
+        part = self.layout.owned(index, self.weights.own().rank)
+        self.write_part(index, flat[part.start : part.stop])
         if not self.is_sharded or self.stand_ins[index].gathered is not None:
             self.whole.slot(index).copy_(flat.view(self.members[index].param.shape))
-        self._versions = self._current_versions()
+
+    def write_part(self, index: int, flat: Tensor) -> None:
+        """Make `flat` what this rank owns of tensor `index`. Other edits that wait to be adopted go on waiting."""
+        waits = self.is_sharded and self.edited()
+        with self.near(to_write=True):
+            self.weights.own().local(index).copy_(flat)
+        if not self.is_sharded:
+            self._versions[index] = self.members[index].param._version
+        elif not waits:
+            self._versions = self._current_versions()
 
     def slot_differs(self, index: int) -> bool:
         """Whether the whole tensor `index` differs from the shard at rest, on this rank's part."""

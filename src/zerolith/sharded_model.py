@@ -15,8 +15,9 @@ from zerolith.errors import OffloadError, UsageError
 from zerolith.gradients import Gradients, Reducer
 from zerolith.hooks import Gatherer
 from zerolith.layout import assign_owners
+from zerolith.member import Member
 from zerolith.parameter import ShardedParameter, Touch, refuse
-from zerolith.section import Member, Plan, Section
+from zerolith.section import Plan, Section
 from zerolith.unit import Phase, Unit
 from zerolith.wrap import UnitPlan, WrapPolicy, plan_units, split_members
 
@@ -114,8 +115,14 @@ class ShardedModel:
     def adopt_edits(self) -> list[str]:
         """Let masters follow weights that were written to in place; returns the sections' names.
 
-        Collective where tensors are stepped whole but rest as shards.
+        Collective where tensors are stepped whole but rest as shards. Raises UsageError if a parameter was replaced.
         """
+        replaced = next(filter(None, (section.replaced() for section in self.sections)), "")
+        if replaced:
+            raise UsageError(
+                f"the model no longer holds the parameter {replaced!r} that initialize took: an assignment, `.data =`, "
+                "or a change of dtype or device has put other memory in its place. Change it before initialize"
+            )
         self.release_all()
         edited = [section for section in self.sections if section.trained and section.edited()]
         elsewhere = [section for section in self.sections if section.has_masters_elsewhere]
@@ -144,6 +151,11 @@ class ShardedModel:
                         "master weights and cannot be trained now. Put it into the optimizer before initialize (it may "
                         "stay frozen until you need it), or make a new engine."
                     )
+
+    def drop_gradients(self) -> None:
+        """Forget what has come since the last step, and backwards that have not."""
+        self.reducer.reset()
+        self.gatherer.forget_awaited()
 
     def reset(self) -> None:
         """Back to rest after an exception: gradients since the last step are dropped."""
@@ -224,14 +236,27 @@ class ShardedModel:
                 sharded.settle()
                 sharded.release_all()
 
-        return [self.model.register_state_dict_pre_hook(rest), self.model.register_load_state_dict_pre_hook(rest)]
+        def refuse_to_assign(module: nn.Module, state: Any, prefix: str, local: dict[str, Any], *_: Any) -> None:
+            if this() is not None and local.get("assign_to_params_buffers"):
+                raise UsageError("load_state_dict(assign=True) would replace the engine's parameters; leave assign out")
+
+        return [
+            self.model.register_state_dict_pre_hook(rest),
+            self.model.register_load_state_dict_pre_hook(refuse_to_assign),
+            self.model.register_load_state_dict_pre_hook(rest),
+        ]
 
     def _broadcast_buffers(self) -> None:
         with torch.no_grad():
             for module in self.model.modules():
                 for name, buffer in module.named_buffers(recurse=False):
-                    self.comm.broadcast(buffer, name=f"buffer {name}")
-                    module._buffers[name] = self._cast_buffer(module, buffer)
+                    if buffer.layout is not torch.strided:
+                        kind = type(module).__name__
+                        raise UsageError(f"the buffer {name!r} of a {kind} is sparse, which ranks cannot exchange")
+                    dense = buffer.contiguous()
+                    as_bytes = dense.view(-1).view(torch.uint8)  # collectives do not know all dtypes
+                    self.comm.broadcast(as_bytes, name=f"buffer {name}")
+                    module._buffers[name] = self._cast_buffer(module, dense)
 
     def _cast_buffer(self, module: nn.Module, buffer: Tensor) -> Tensor:
         """`buffer` in the compute dtype if it is computed with parameters that are cast: a norm's statistics.

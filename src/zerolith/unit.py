@@ -26,8 +26,8 @@ LEGAL = {(Phase.REST, Phase.GATHERING), (Phase.GATHERING, Phase.GATHERED), (Phas
 class Unit:
     """Sections that move together, and the phase they are in.
 
-    `uses` counts the forwards that are running inside the unit; `stays` means that it is not released between
-    forward and backward (the root, whose parameters are needed at both ends of a step).
+    `uses` counts what needs a sharded unit whole: forwards that run, GatheredParameters that are open. `stays` means
+    that it is not released between forward and backward (the root, whose parameters are needed at both ends of a step).
     """
 
     def __init__(self, name: str, sections: Sequence[Section], *, stays: bool) -> None:
@@ -38,6 +38,16 @@ class Unit:
         self.is_sharded = any(section.is_sharded for section in sections)
         self.phase = Phase.REST if self.is_sharded else Phase.GATHERED
         self._pending: list[Pending] = []
+
+    def enter(self) -> None:
+        """It is needed whole until `leave`."""
+        if self.is_sharded:  # others may be used by several threads at once
+            self.uses += 1
+
+    def leave(self) -> None:
+        """Take `enter` back."""
+        if self.is_sharded:
+            self.uses -= 1
 
     @property
     def is_behind(self) -> bool:

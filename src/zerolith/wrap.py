@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from zerolith.section import Member
+from zerolith.member import Member
 
 LARGE = 1 << 22  # elements: a tensor from here on fills a collective by itself, and its gradient is sent as it is
 

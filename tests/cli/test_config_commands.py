@@ -42,6 +42,9 @@ def test_check_says_what_each_key_does(config_file, capsys):
         ('{"zero_optimization": ', [], "line 1 column"),
         ('{"train_batch_size": 3}', ["--world-size", "2"], "nearest fixes: train_batch_size 2"),
         ('{"train_batch_size": 3}', ["--world-size", "0"], "must be a positive integer"),
+        ('{"optimizer": {"type": "AdamX"}}', [], "did you mean 'Adam"),
+        ('{"optimizer": {"type": "Adam", "params": {"lrr": 1}}}', [], "did you mean 'lr'"),
+        ('{"scheduler": {"type": "WarmupLR", "params": {"warmup_steps": 3}}}', [], "did you mean 'warmup_num_steps'"),
         (None, [], "no such file"),
     ],
 )

@@ -52,6 +52,16 @@ def test_without_an_optimizer_a_rate_may_be_given(tmp_path: Path, capsys: pytest
     assert rows == [["0", "2"], ["1", "2"], ["2", "0.2"], ["3", "0.2"]]
 
 
+def test_a_span_may_be_a_float(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    params = {"total_num_steps": 1e2, "warmup_num_steps": 10}
+    path = write(tmp_path, scheduler={"type": "WarmupDecayLR", "params": params})
+    assert main(["schedule", "plot", str(path)]) == 0
+    assert "99" in capsys.readouterr().out.split()
+
+
+ONE_CYCLE = {"type": "OneCycleLR", "params": {"max_lr": 1.0, "total_steps": 5}}
+
+
 @pytest.mark.parametrize(
     ("config", "options", "words"),
     [
@@ -60,6 +70,9 @@ def test_without_an_optimizer_a_rate_may_be_given(tmp_path: Path, capsys: pytest
         ({"scheduler": {"type": "ReduceLROnPlateau", "params": {}}}, [], "follows the loss"),
         ({"scheduler": WARMUP}, ["--steps", "0"], "at least one"),
         ({"scheduler": WARMUP}, ["--png", "/nowhere/x.png"], "/nowhere/x.png: cannot be written"),
+        ({"scheduler": WARMUP}, ["--png", "/tmp/x.foo"], "/tmp/x.foo: cannot be written"),
+        ({"scheduler": ONE_CYCLE}, ["--steps", "9"], "OneCycleLR cannot be drawn beyond step 6"),
+        ({"scheduler": WARMUP, "optimizer": {"type": "LBFGS", "params": {}}}, [], "cannot be drawn beyond step 1"),
     ],
 )
 def test_what_cannot_be_drawn_is_said_on_one_line(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -301,3 +302,22 @@ def test_a_plain_backward_leaves_the_loss_out(tmp_path: Path) -> None:
     assert "train_loss" not in names
     assert {"lr", "grad_norm", "memory_mb"} <= names
     assert json.dumps(sorted(names))
+
+
+def test_a_record_that_cannot_be_written_does_not_end_training(tmp_path: Path) -> None:
+    def body() -> list[float]:
+        torch.manual_seed(0)
+        place = {"enabled": True, "output_path": str(tmp_path), "job_name": "job"}
+        engine = start_engine(Tokens(), zero_config(2, optimizer=SGD, csv_monitor=place))
+        if engine.global_rank == 0:
+            shutil.rmtree(tmp_path)
+        norms = []
+        for step in range(3):
+            engine.backward(engine(torch.full((4, 3), step)))
+            engine.step()
+            norms.append(engine.get_global_grad_norm())
+        engine.destroy()
+        return norms
+
+    first, second = run_ranks(2, body)
+    assert first == second

@@ -186,6 +186,26 @@ def test_operations_of_one_step_are_those_of_its_matrix_products(stage: int, tmp
     assert "aten.mm" in text
 
 
+def count_after_a_resume(folder: str) -> None:
+    settings = {"enabled": True, "profile_step": 2, "output_file": f"{folder}/missing/flops.txt"}
+    for steps in (5, 3):
+        config = zero_config(1, flops_profiler=settings, zerolith={"peak_tflops": 1e-3})
+        engine = start_engine(Line(), config)
+        if steps == 3:
+            engine.load_checkpoint(folder)
+        (count,) = engine._phase._watchers
+        for _ in range(steps):
+            engine.backward(engine(torch.ones(TOKENS, WIDTH)))
+            engine.step()
+        assert count.report.startswith("step 2: "), "of this run; and a file that cannot be written ends nothing"
+        engine.save_checkpoint(folder)
+        engine.destroy()
+
+
+def test_operations_are_counted_in_a_run_that_goes_on(tmp_path: Path) -> None:
+    run_ranks(2, count_after_a_resume, str(tmp_path))
+
+
 def traced(folder: str, leave_early: bool) -> None:
     trace = {"first_step": 2, "last_step": 9 if leave_early else 3, "folder": folder}
     engine = start_engine(Line(), zero_config(1, zerolith={"trace": trace}))

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from plain import MICRO, config_for, make_batches, start, train_engine
 from zerolith.errors import ConfigError
+from zerolith.optim import build_scheduler
 from zerolith.optim.lr import SCHEDULES, LRRangeTest, OneCycle, WarmupCosineLR, WarmupDecayLR, WarmupLR
 
 
@@ -105,6 +106,15 @@ def test_a_state_dict_takes_the_schedule_up_where_it_was(
     second.load_state_dict(first.state_dict())
     second.optimizer.param_groups[0]["lr"] = first.get_last_lr()[0]
     assert rates(second, len(expected) - 3) == pytest.approx(expected[3:], abs=1e-4)
+
+
+def test_a_resumed_run_follows_the_schedule_of_its_own_config() -> None:
+    first = WarmupDecayLR(sgd(), total_num_steps=10, warmup_max_lr=1.0, warmup_num_steps=2)
+    rates(first, 5)
+    longer = {"total_num_steps": 20, "warmup_max_lr": 0.5, "warmup_num_steps": 2}
+    second, expected = WarmupDecayLR(sgd(), **longer), WarmupDecayLR(sgd(), **longer)
+    second.load_state_dict(first.state_dict())
+    assert rates(second, 6)[1:] == rates(expected, 11)[6:]
 
 
 def adam() -> torch.optim.Optimizer:
@@ -209,3 +219,12 @@ def test_one_rank_trains_with_the_schedule_as_plain_torch_does() -> None:
     engine = start(config, lr_scheduler=lambda optimizer: WarmupLR(optimizer, warmup_num_steps=2))
     given = train_engine(engine, batches)
     assert all(torch.equal(named.weights[name], given.weights[name]) for name in named.weights)
+
+
+def test_what_deepspeed_takes_is_taken() -> None:
+    params = {"warmup_num_steps": 4, "last_batch_iteration": -1}
+    assert build_scheduler("WarmupLR", params, sgd()).last_epoch == 0
+    cycle = {"cycle_min_lr": 0.1, "cycle_max_lr": 1.0, "cycle_first_stair_count": 0, "cycle_second_stair_count": None}
+    assert rates(build_scheduler("OneCycle", cycle, sgd()), 3) == rates(OneCycle(sgd(), 0.1, 1.0), 3)
+    with pytest.raises(ConfigError, match=r"scheduler\.params: WarmupLR refuses them: .*initial_lr"):
+        build_scheduler("WarmupLR", {"last_epoch": 100}, sgd())

@@ -24,9 +24,9 @@ from plain import (
     train_plain,
 )
 from zerolith.errors import ConfigError
+from zerolith.member import Granularity
 from zerolith.optim.build import build_optimizer
 from zerolith.optim.muon import Muon, split
-from zerolith.section import Granularity
 from zerolith.zero import safe_get_full_optimizer_state
 
 

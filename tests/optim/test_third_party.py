@@ -23,8 +23,8 @@ from plain import (
     train_plain,
 )
 from zerolith.errors import OptimizerError
+from zerolith.member import Granularity
 from zerolith.optim import granularities_of
-from zerolith.section import Granularity
 
 
 class ThirdParty(Optimizer):

@@ -86,3 +86,13 @@ def test_a_saved_state_goes_on_as_if_it_had_not_been_saved(before: str, after: s
     scales(one, before)
     other.load_state_dict(one.state_dict())
     assert scales(other, after) == scales(one, after)
+
+
+def test_a_smaller_window_or_hysteresis_takes_effect_in_a_run_that_goes_on() -> None:
+    one = LossScaler(scale=8.0, dynamic=True, window=1000, hysteresis=4)
+    scales(one, "." * 700)
+    other = LossScaler(scale=1.0, dynamic=True, window=500, hysteresis=2)
+    other.resume(one.state_dict())
+    assert scales(other, ".") == [16.0]
+    other.resume(one.state_dict())
+    assert other.hysteresis_left == 2

@@ -253,3 +253,103 @@ def ask_of_strangers() -> None:
 
 def test_parameters_of_no_engine_and_frozen_ones_are_told_apart() -> None:
     run_ranks(1, ask_of_strangers)
+
+
+def edit_then_set(stage: int, how: str) -> None:
+    engine = make_engine(stage, bf16={"enabled": True})
+    first, second = engine.module.blocks[0].qkv.weight, engine.module.blocks[0].out.weight
+    assert engine._sharded.place_of(first).section is engine._sharded.place_of(second).section
+    if how == "set before":
+        local = safe_get_local_fp32_param(second)
+        safe_set_local_fp32_param(second, torch.full_like(local, 5.0))
+    with torch.no_grad():
+        first.copy_(torch.full_like(first, 3.0))
+    if how == "set after":
+        safe_set_full_fp32_param(second, torch.full(second.shape, 5.0))
+    elif how == "gathered after":
+        with GatheredParameters(second, modifier_rank=0):
+            second.data.fill_(5.0)
+    for group in engine.basic_optimizer.param_groups:
+        group["lr"] = 0.0
+    backward(engine, token_batches(1, 8)[0])
+    engine.step()
+    for param, value in ((first, 3.0), (second, 5.0)):
+        whole = safe_get_full_fp32_param(param)
+        assert torch.equal(whole, torch.full_like(whole, value))
+
+
+@pytest.mark.parametrize("how", ["set before", "set after", "gathered after"])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_an_edit_is_kept_whatever_is_set_beside_it(stage: int, how: str) -> None:
+    run_ranks(2, edit_then_set, stage, how)
+
+
+def set_large_gradients(stage: int) -> None:
+    engine = make_engine(stage, fp16={"enabled": True, "initial_scale_power": 8})
+    param = next(engine.module.parameters())
+    backward(engine, token_batches(1, 8)[0])
+    safe_set_full_grad(param, torch.full(param.shape, 1000.0, dtype=torch.float16))
+    assert torch.equal(safe_get_full_grad(param), torch.full(param.shape, 1000.0))
+    engine.step()
+    assert engine.was_step_applied()
+
+
+@STAGES
+def test_a_gradient_is_set_in_enough_bits(stage: int) -> None:
+    run_ranks(2, set_large_gradients, stage)
+
+
+def ask_for_states_that_are_not_there(stage: int) -> None:
+    engine = make_engine(stage)
+    param = next(param for param in engine.module.parameters() if param.dim() == 1)  # on one rank alone
+    value = torch.ones(param.shape)
+    for call in (
+        lambda: safe_get_full_optimizer_state(param, "momentum_buffer"),
+        lambda: safe_set_full_optimizer_state(param, value, "momentum_buffer"),
+    ):
+        with pytest.raises(UsageError, match="has no optimizer state 'momentum_buffer'"):
+            call()
+    backward(engine, token_batches(1, 8)[0])
+    engine.step()
+    assert safe_get_full_optimizer_state(param, "momentum_buffer").shape == param.shape
+    with pytest.raises(UsageError, match="has no optimizer state 'exp_avg'; it has: momentum_buffer"):
+        safe_get_full_optimizer_state(param, "exp_avg")
+
+
+@STAGES
+def test_a_state_that_is_not_there_is_refused_on_every_rank(stage: int) -> None:
+    run_ranks(2, ask_for_states_that_are_not_there, stage)
+
+
+def read_after_no_sync(stage: int) -> None:
+    engine = make_engine(stage, gradient_accumulation_steps=2)
+    param = engine.module.head.weight
+    with engine.no_sync():
+        x = token_batches(1, 8)[0].chunk(2)[engine.global_rank]
+        loss = engine(x) if engine.global_rank == 0 else engine(x) * 0 + engine.module.embed.weight.sum() * 0
+        engine.backward(loss)
+    assert safe_get_full_grad(param) is None
+    backward(engine, token_batches(1, 8)[0])
+    assert safe_get_full_grad(param) is not None
+
+
+@STAGES
+def test_a_gradient_that_is_not_reduced_is_none_on_every_rank(stage: int) -> None:
+    run_ranks(2, read_after_no_sync, stage)
+
+
+def gather_nonsense() -> None:
+    engine = make_engine(3)
+    for given, words in (
+        (engine.module.named_parameters(), "a tuple is none"),
+        (engine.module.state_dict(), "a str is none"),
+        ("weight", "a str is none"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            GatheredParameters(given)
+    with pytest.raises(UsageError, match="modifier_rank 7 is none of 2 ranks"):
+        GatheredParameters(engine.module.parameters(), modifier_rank=7)
+
+
+def test_what_is_no_parameter_or_no_rank_is_refused() -> None:
+    run_ranks(2, gather_nonsense)

@@ -258,3 +258,59 @@ def peak_of_initialize(sharded: bool) -> tuple[int, int]:
 def test_initialize_never_holds_the_model_whole_beside_what_it_was_given(sharded: bool) -> None:
     for peak, layer in run_ranks(4, peak_of_initialize, sharded):
         assert peak <= 16 * layer / 4 + 3 * layer
+
+
+class Nested(nn.Module):
+    """Enters a context of its own, as libraries do whose models are built inside of another's."""
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.before = nn.Linear(8, 8)
+        with zerolith.zero.Init(dtype=dtype):
+            self.inner = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+            zerolith.zero.Init(module=self.inner)
+        self.after = nn.Linear(8, 8)
+
+
+def build_nested(dtype: torch.dtype | None) -> None:
+    plain = dict(build(lambda: Nested(None), 0, sharded=False).named_parameters()) if dtype is None else {}
+    model = build(lambda: Nested(dtype), default_comm().rank, sharded=True)
+    assert [param.dtype for param in model.inner.parameters()] == [dtype or torch.float32] * 4
+    assert {param.dtype for param in [*model.before.parameters(), *model.after.parameters()]} == {torch.float32}
+    with zerolith.zero.GatheredParameters(model.parameters()):
+        for name, param in plain.items():
+            torch.testing.assert_close(dict(model.named_parameters())[name].detach(), param, rtol=0, atol=0)
+    assert not init_module._active
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_contexts_within_each_other_are_one(dtype: torch.dtype | None) -> None:
+    run_ranks(2, build_nested, dtype)
+
+
+def fail_inside() -> None:
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no model"), zerolith.zero.Init(), zerolith.zero.Init():
+            nn.Linear(4, 4)
+            raise RuntimeError("no model")
+    assert not init_module._active
+    assert not isinstance(nn.Linear(4, 4).weight, ShardedParameter)
+
+
+def test_an_exception_ends_all_contexts() -> None:
+    run_ranks(2, fail_inside)
+
+
+def build_from_a_slice() -> None:
+    def make() -> nn.Module:
+        holder = nn.Module()
+        holder.part = nn.Parameter(torch.arange(240.0).view(40, 6)[:, :3] + default_comm().rank)
+        return holder
+
+    model = build(make, 0, sharded=True)
+    with zerolith.zero.GatheredParameters(model.part):
+        assert torch.equal(model.part, torch.arange(240.0).view(40, 6)[:, :3])
+
+
+def test_a_parameter_with_gaps_in_its_memory_is_sharded_right() -> None:
+    run_ranks(2, build_from_a_slice)

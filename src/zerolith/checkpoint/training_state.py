@@ -24,9 +24,10 @@ from zerolith.checkpoint.manifest import DTYPES, NAMES, Manifest, ParameterRecor
 from zerolith.checkpoint.values import from_json, to_json
 from zerolith.gradients import Gradients
 from zerolith.layout import Range
+from zerolith.member import Member
 from zerolith.optim import PartitionedOptimizer, is_per_element
 from zerolith.partitioning import REPLICATE
-from zerolith.section import Member, Section
+from zerolith.section import Section
 from zerolith.sharded_model import ShardedModel
 
 

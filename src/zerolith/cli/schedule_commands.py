@@ -47,10 +47,10 @@ def _plot(arguments: argparse.Namespace) -> int:
 def _span(params: dict[str, object]) -> int:
     """Steps that show all of a schedule."""
     for name in SPANS:
-        if isinstance(said := params.get(name), int):
-            return said
-    lengths = [value for name, value in params.items() if name.endswith(("_steps", "_size")) and isinstance(value, int)]
-    return 2 * sum(lengths) or 1000
+        if isinstance(said := params.get(name), (int, float)):
+            return int(said)
+    numbers = [(name, value) for name, value in params.items() if isinstance(value, (int, float))]
+    return 2 * int(sum(value for name, value in numbers if name.endswith(("_steps", "_size")))) or 1000
 
 
 def _simulate(config: Config, steps: int, *, lr: float) -> tuple[list[float], list[float]]:
@@ -69,11 +69,14 @@ def _simulate(config: Config, steps: int, *, lr: float) -> tuple[list[float], li
     if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
         raise ConfigError("scheduler.type: ReduceLROnPlateau follows the loss, so there is nothing to draw beforehand")
     rates, momenta = [], []
-    for _ in range(steps):
-        rates.append(float(optimizer.param_groups[0]["lr"]))
-        momenta.append(_momentum(optimizer))
-        optimizer.step()  # without gradients: it only tells the scheduler that a step was made
-        scheduler.step()
+    try:
+        for _ in range(steps):
+            rates.append(float(optimizer.param_groups[0]["lr"]))
+            momenta.append(_momentum(optimizer))
+            optimizer.step()  # without gradients: it only tells the scheduler that a step was made
+            scheduler.step()
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ConfigError(f"{config.scheduler.type} cannot be drawn beyond step {len(rates)}: {error}") from error
     return rates, momenta
 
 
@@ -110,6 +113,6 @@ def _save(path: Path, title: str, curves: dict[str, list[float]]) -> None:
     figure.tight_layout()
     try:
         figure.savefig(path, dpi=120)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be written ({error}); choose another with --png") from error
     pyplot.close(figure)

@@ -105,7 +105,8 @@ class _Sieve:
     def _unknown(self, section: str, name: str) -> None:
         if not section and name in KEYS:
             home, _, leaf = name.rpartition(".")
-            self.notes.append(Note(name, f"a dotted name sets nothing; write {leaf!r} inside {home!r}"))
+            why = f"a dotted name sets nothing; write {leaf!r} inside {home!r}"
+            self.notes.append(Note(name, why, is_mistake=True))
             return
         where = "is not a known key" + (f" of {section!r}" if section else "")
         self._problems.add(join(section, name), lambda: f"{where}; {suggest(section, name)}")

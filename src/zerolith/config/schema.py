@@ -22,6 +22,7 @@ class Note(NamedTuple):
 
     path: str
     why: str
+    is_mistake: bool = False  # whoever wrote it expects an effect
 
 
 def _integral(value: object) -> object:

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -14,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from zerolith.comm import Comm
 from zerolith.config import FlopsProfiler
-from zerolith.errors import UsageError
 
 logger = logging.getLogger("zerolith")
 # Dense bf16 TFLOP/s of a whole device, from its vendor's data sheet, by a part of its name.
@@ -32,9 +32,9 @@ class FlopsCount:
         self._settings = settings
         self._comm = comm
         self._peak = peak_tflops or _known_peak(comm.device)
-        self._done = 0  # optimizer steps
+        self._done = 0  # optimizer steps of this run, which may have been resumed
         self._flops: Counter[str] = Counter()  # by phase
-        self._lines: list[str] = []
+        self._tables: dict[str, list[str]] = {}  # by phase: of its last micro-batch
         self._start = 0.0
         self.report = ""  # once it is there
 
@@ -47,14 +47,14 @@ class FlopsCount:
         with FlopCounterMode(display=False) as counter:
             yield
         self._flops[name] += counter.get_total_flops()
-        self._lines += _table(name, counter, self._settings.module_depth)
+        self._tables[name] = _table(name, counter, self._settings.module_depth)
 
     def stepped(self, done: int) -> None:
         """Start the clock after the step that was counted; report after the next one."""
-        self._done = done
-        if done == self._settings.profile_step:
+        self._done += 1
+        if self._done == self._settings.profile_step:
             self._start = self._now()
-        elif done == self._settings.profile_step + 1 and self._flops:
+        elif self._done == self._settings.profile_step + 1 and self._flops:
             self._tell(self._now() - self._start)
 
     def remove(self) -> None:
@@ -74,14 +74,14 @@ class FlopsCount:
         logger.info("%s", self.report)
         if not self._settings.detailed:
             return
-        text = "\n".join([self.report, *self._lines])
+        text = "\n".join([self.report, *chain.from_iterable(self._tables.values())])
         if self._settings.output_file is None:
             logger.info("%s", text)
             return
         try:
             Path(self._settings.output_file).write_text(text + "\n")
         except OSError as error:
-            raise UsageError(f"flops_profiler.output_file: cannot be written ({error})") from error
+            logger.warning("flops_profiler.output_file: cannot be written (%s)\n%s", error, text)
 
     def _now(self) -> float:
         if self._comm.device.type == "cuda":

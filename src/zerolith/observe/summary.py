@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import groupby
 
+from zerolith.member import Granularity
 from zerolith.optim import PartitionedOptimizer
 from zerolith.partitioning import REPLICATE, SHARD
-from zerolith.section import Granularity
 from zerolith.sharded_model import ShardedModel
 
 # Numbers that an optimizer keeps per element; 1 where none is given.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,8 @@ from zerolith.comm import Comm
 from zerolith.memory import resident_bytes
 from zerolith.observe.logs import Logs, StepNumbers
 from zerolith.observe.monitors import Monitor
+
+logger = logging.getLogger("zerolith")
 
 
 class Watch:
@@ -80,8 +83,12 @@ class Watch:
         written = {"lr": numbers.lr[0], "grad_norm": numbers.grad_norm, "loss_scale": numbers.loss_scale}
         written["skipped_steps"] = numbers.skipped_steps
         written |= {"train_loss" if name == "loss" else name: value for name, value in found.items()}
-        for monitor in self._monitors:
-            monitor.write({f"Train/Samples/{name}": value for name, value in written.items()}, numbers.samples)
+        for monitor in list(self._monitors):
+            try:
+                monitor.write({f"Train/Samples/{name}": value for name, value in written.items()}, numbers.samples)
+            except OSError as error:  # training is worth more than its record; other ranks do not know of this
+                self._monitors.remove(monitor)
+                logger.warning("%s writes no more: %s", type(monitor).__name__, error)
 
     def _over_ranks(self) -> tuple[float | None, float]:
         """Mean of all losses since the last step, if there were any, and the number of tokens. Collective."""

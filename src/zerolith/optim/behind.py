@@ -24,8 +24,8 @@ from torch.optim import Optimizer
 
 from zerolith.errors import OffloadError, UsageError
 from zerolith.gradients import Gradients
+from zerolith.member import Granularity
 from zerolith.memory.threads import helpers, start_task
-from zerolith.section import Granularity
 
 logger = logging.getLogger("zerolith")
 

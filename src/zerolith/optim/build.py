@@ -23,6 +23,7 @@ from zerolith.optim.start_up import without_compiler
 
 FUSED = ("Adam", "AdamW", "SGD", "Adagrad")  # torch has one fused pass for these, on CPU and CUDA
 OURS: dict[str, type[Optimizer]] = {"Lamb": Lamb, "Lion": Lion, "Muon": Muon}
+IDLE = ("cycle_first_stair_count", "cycle_second_stair_count")  # of OneCycle: read by DeepSpeed and not used
 ADAM_ONLY = ("torch_adam", "adam_w_mode", "bias_correction")  # DeepSpeed's own parameters of Adam and AdamW
 
 
@@ -60,6 +61,8 @@ def build_optimizer(
 def build_scheduler(kind: str, params: Mapping[str, Any], optimizer: Optimizer) -> LRScheduler:
     """The schedule `kind` over `optimizer`: DeepSpeed's, or a class of torch.optim.lr_scheduler.
 
+    Of DeepSpeed's own parameters `last_batch_iteration` is torch's `last_epoch`, and those in IDLE do nothing there.
+
     Raises ConfigError with the nearest name.
     """
     known = _subclasses(LRScheduler, torch.optim.lr_scheduler) | SCHEDULES
@@ -67,6 +70,9 @@ def build_scheduler(kind: str, params: Mapping[str, Any], optimizer: Optimizer) 
         raise ConfigError(
             f"scheduler.type: {kind!r} is no schedule of zerolith or torch.optim.lr_scheduler{_nearest(kind, known)}"
         )
+    if kind in SCHEDULES:
+        renamed = {"last_batch_iteration": "last_epoch"}
+        params = {renamed.get(name, name): value for name, value in params.items() if name not in IDLE}
     return _construct(known[kind], optimizer, params, "scheduler.params")
 
 
@@ -81,7 +87,7 @@ def _construct(factory: Any, first: Any, options: Mapping[str, Any], path: str) 
     try:
         with without_compiler():
             return factory(first, **options)
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, KeyError) as error:
         raise ConfigError(f"{path}: {factory.__name__} refuses them: {error}") from error
 
 

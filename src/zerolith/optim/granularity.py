@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zerolith.errors import OptimizerError
-from zerolith.section import Granularity
+from zerolith.member import Granularity
 
 ELEMENTWISE = ["Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"]
 WHOLE = ["Adafactor", "Muon"]

@@ -11,6 +11,7 @@ import logging
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -18,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 logger = logging.getLogger("zerolith")
 PerGroup = float | Sequence[float]  # one number for all param groups, or one for each
+COUNTS = ("last_epoch", "_step_count", "_last_lr")  # of torch's schedulers
 MIN_WARMUP = 2  # steps: the logarithm of one step is zero
 
 
@@ -27,6 +29,14 @@ class _Schedule(LRScheduler):
     def get_lr(self) -> list[float | Tensor]:
         """The rate of the coming optimizer step, for each param group."""
         return [self._rate(group, self.last_epoch) for group in range(len(self.optimizer.param_groups))]
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many steps were taken. The schedule itself is the config's: a resumed run may have another one."""
+        return {name: self.__dict__[name] for name in COUNTS}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on at that step; the optimizer's rate follows with the next one."""
+        self.__dict__.update({name: state_dict[name] for name in COUNTS if name in state_dict})
 
     @abstractmethod
     def _rate(self, group: int, step: int) -> float:

@@ -30,11 +30,14 @@ class GradientFacts(NamedTuple):
     norm: float  # 2-norm of the sum over ranks and micro-batches; inf if not finite
     overflow: bool
     used: list[list[bool]]  # per section, per parameter: some rank had a gradient for it
+    late: list[bool]  # per section: some rank has a gradient of it that is not in the sum yet; nothing else is right
     culprit: str  # the first parameter that is not finite, and the rank that holds it; "" if all are
 
 
-def examine(gradients: Sequence[Gradients], comm: Comm, *, fingerprint: bool) -> GradientFacts:
-    """Norm, overflow and use, equal on every rank.
+def examine(
+    gradients: Sequence[Gradients], comm: Comm, *, late: Sequence[bool] = (), fingerprint: bool = False
+) -> GradientFacts:
+    """Norm, overflow and use, equal on every rank, and for which sections one of them is `late`.
 
     Collective. With `fingerprint`, ranks also compare the collectives that they have issued so far.
     Raises CollectiveMismatchError on every rank if they differ.
@@ -43,15 +46,16 @@ def examine(gradients: Sequence[Gradients], comm: Comm, *, fingerprint: bool) ->
     largest = max((float(square.max()) for square in squares if square.numel()), default=0.0)
     flags = [float(used) for own in gradients for used in own.used]
     print_ = float(comm.journal.fingerprint) if fingerprint else 0.0
-    largest, high, low, *flags = comm.max([largest, print_, -print_, *flags], name="gradient facts")
+    largest, high, low, *flags = comm.max([largest, print_, -print_, *flags, *map(float, late)], name="gradient facts")
     comm.check_journals(high, low, name="collective journals")
     left = iter(flags)
     used = [[flag > 0 for flag in islice(left, len(own.used))] for own in gradients]
+    is_late = [flag > 0 for flag in left]
     if not math.isfinite(largest):
-        return GradientFacts(math.inf, True, used, _culprit(gradients, squares, comm))
+        return GradientFacts(math.inf, True, used, is_late, _culprit(gradients, squares, comm))
     blocks = sum(slot.padded.numel for own in gradients for slot in own.section.layout.slots) // BLOCK
     total = sum(comm.sum(_exact_parts(squares, largest, blocks), name="gradient norm"))
-    return GradientFacts(math.sqrt(total), False, used, "")
+    return GradientFacts(math.sqrt(total), False, used, is_late, "")
 
 
 def _block_squares(own: Gradients) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from zerolith.gradients import Gradients
 from zerolith.layout import Range, merge_runs
-from zerolith.section import Granularity
+from zerolith.member import Granularity
 
 State = dict[str, Any]  # what an optimizer keeps for one tensor: tensors and anything else
 

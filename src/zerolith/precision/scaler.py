@@ -42,7 +42,7 @@ class LossScaler:
         self.good_steps += 1
         if self.consecutive_hysteresis:
             self.hysteresis_left = self.hysteresis
-        if self.good_steps == self.window:
+        if self.good_steps >= self.window:
             self.scale *= FACTOR
             self.good_steps = 0
             self.hysteresis_left = self.hysteresis
@@ -67,7 +67,8 @@ class LossScaler:
         """Go on from the scale of an earlier run, by the rule of this one; not if either has a fixed scale."""
         if self.dynamic and state["dynamic"]:
             self.scale = max(state["scale"], self.minimum)
-            self.good_steps, self.hysteresis_left = state["good_steps"], state["hysteresis_left"]
+            self.good_steps = state["good_steps"]
+            self.hysteresis_left = min(state["hysteresis_left"], self.hysteresis)
 
     def load_state_dict(self, state: dict[str, float | int | bool]) -> None:
         vars(self).update(state)

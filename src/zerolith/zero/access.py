@@ -1,7 +1,7 @@
 """Whole and local views of masters, gradients and optimizer states, by parameter.
 
-The `full` getters are collective: every rank calls them for the same parameter and gets the whole tensor. Setters take
-the whole tensor on every rank and do not communicate. The `local` forms see this rank's flat part only. Gradients can
+The `full` forms are for all ranks together, and the same parameter: getters give every rank the whole tensor, setters
+take it from every rank. The `local` forms see this rank's flat part only. Gradients can
 be asked for between the last micro-batch's backward and step().
 """
 
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from zerolith.comm import agree
 from zerolith.errors import UsageError
 from zerolith.gradients import Gradients
 from zerolith.layout import Range
@@ -31,16 +32,23 @@ def safe_get_full_fp32_param(param: Tensor) -> Tensor | None:
 def safe_get_full_grad(param: Tensor) -> Tensor | None:
     """The mean gradient over ranks and micro-batches; None if none has been reduced since the last step."""
     owner = _owner(param)
-    if not _has_mean(owner.gradients):
+    reducer = owner.sharded.reducer
+    if owner.gradients is None or owner.gradients.fresh or reducer.partial:
         return None
+    reducer.finish_late()
     return _whole(owner, _grad_parts(owner), flat_shards=True).div_(owner.terms())
 
 
 def safe_get_full_optimizer_state(param: Tensor, optim_state_key: str) -> Tensor | None:
-    """The optimizer's state `optim_state_key` (exp_avg, momentum_buffer, ...), in the parameter's shape."""
+    """The optimizer's state `optim_state_key` (exp_avg, momentum_buffer, ...), in the parameter's shape.
+
+    Raises UsageError, on every rank, if the optimizer has none of that name, or not yet.
+    """
     owner = _owner(param)
+    if owner.gradients is None:
+        return None
     with owner.resident():
-        return None if owner.gradients is None else _whole(owner, _stepped_parts(owner, optim_state_key))
+        return _whole(owner, _state_parts(owner, optim_state_key))
 
 
 def safe_set_full_fp32_param(param: Tensor, value: Tensor) -> None:
@@ -55,14 +63,18 @@ def safe_set_full_fp32_param(param: Tensor, value: Tensor) -> None:
 def safe_set_full_grad(param: Tensor, value: Tensor) -> None:
     """Overwrite the mean gradient that the next step will use. `value`: the same on every rank."""
     owner = _owner(param)
-    _write(_grad_to_set(owner), _checked(param, value) * owner.terms())
+    _write(_grad_to_set(owner), _summed(owner, _checked(param, value)))
 
 
 def safe_set_full_optimizer_state(param: Tensor, value: Tensor, optim_state_key: str) -> None:
-    """Overwrite an optimizer state. `value`: the whole tensor, the same on every rank."""
+    """Overwrite an optimizer state. `value`: the whole tensor, the same on every rank. Collective.
+
+    Raises UsageError, on every rank, if the optimizer has none of that name, or not yet.
+    """
     owner = _owner(param)
+    flat = _checked(param, value)
     with owner.resident():
-        _write(_stepped_parts(owner, optim_state_key), _checked(param, value))
+        _write(_state_parts(owner, optim_state_key), flat)
 
 
 def safe_get_local_fp32_param(param: Tensor) -> Tensor | None:
@@ -86,16 +98,19 @@ def safe_get_local_optimizer_state(param: Tensor, optim_state_key: str) -> Tenso
 
 
 def safe_set_local_fp32_param(param: Tensor, value: Tensor) -> None:
-    """Overwrite this rank's flat part of the master weights; the weights follow at the next step."""
+    """Overwrite this rank's flat part of the master weights; whole weights follow at the next step."""
     owner = _owner(param)
+    section = owner.place.section
     with owner.resident():
         _write_local(_stepped_parts(owner), value)
+        if section.is_sharded and section.main is not None:
+            section.write_part(owner.place.index, value.detach().reshape(-1))
 
 
 def safe_set_local_grad(param: Tensor, value: Tensor) -> None:
     """Overwrite this rank's flat part of the mean gradient."""
     owner = _owner(param)
-    _write_local(_grad_to_set(owner), value * owner.terms())
+    _write_local(_grad_to_set(owner), _summed(owner, value))
 
 
 def safe_set_local_optimizer_state(param: Tensor, value: Tensor, optim_state_key: str) -> None:
@@ -123,6 +138,11 @@ def _has_mean(own: Gradients | None) -> bool:
     return own is not None and not own.fresh and own.term is None
 
 
+def _summed(owner: Owner, mean: Tensor) -> Tensor:
+    """The sum over ranks and micro-batches, loss scale included, that has this mean. 16 bits may be too few for it."""
+    return mean.to(torch.promote_types(mean.dtype, torch.float32)) * owner.terms()
+
+
 def _checked(param: Tensor, value: Tensor) -> Tensor:
     if value.shape != param.shape:
         raise UsageError(
@@ -139,6 +159,18 @@ def _stepped_parts(owner: Owner, key: str | None = None) -> list[Part]:
     for tensor, inside, part in owner.optimizer.locate(_trained(owner), owner.place.index):
         value = tensor.detach() if key is None else _state(owner, states.get(tensor, {}), key, tensor.shape)
         parts.append((value.view(-1)[inside.start : inside.stop], part))
+    return parts
+
+
+def _state_parts(owner: Owner, key: str) -> list[Part]:
+    """What this rank has of the state `key`. Collective: if one rank has a part and no such state, all raise."""
+    parts: list[Part] = []
+    error: UsageError | None = None
+    try:
+        parts = _stepped_parts(owner, key)
+    except UsageError as caught:
+        error = caught
+    agree(owner.sharded.comm, error, doing=f"looking for the optimizer state {key!r}", kind=UsageError)
     return parts
 
 

@@ -32,19 +32,25 @@ class GatheredParameters:
         enabled: bool = True,
     ) -> None:
         given = [params] if isinstance(params, Tensor) or params is None else list(params)
+        odd = next((each for each in given if not (each is None or isinstance(each, Tensor))), None)
+        if odd is not None:
+            raise UsageError(f"GatheredParameters takes parameters; a {type(odd).__name__} is none")
         distinct = {id(param): param for param in given if param is not None} if enabled else {}
         self.modifier_rank = modifier_rank
         self._owners = [owner for owner in map(owner_of, distinct.values()) if owner is not None]
         origins = [param.origin for param in distinct.values() if isinstance(param, ShardedParameter)]
         self._origins = [origin for origin in origins if isinstance(origin, Origin)]
         self._masters = ExitStack()
+        comms = [owner.sharded.comm for owner in self._owners] + [origin.comm for origin in self._origins]
+        if modifier_rank is not None and comms and not 0 <= modifier_rank < comms[0].size:
+            raise UsageError(f"GatheredParameters: modifier_rank {modifier_rank} is none of {comms[0].size} ranks")
 
     def __enter__(self) -> None:
         for section in dict.fromkeys(owner.place.section for owner in self._owners):
             if self.modifier_rank is not None and section.is_split and not section.is_sharded:
                 self._masters.enter_context(section.resident())  # before the weights are written to
         for owner in self._owners:
-            owner.place.unit.uses += 1
+            owner.place.unit.enter()
             owner.place.unit.gather()
         for origin in self._origins:
             origin.open()
@@ -60,7 +66,7 @@ class GatheredParameters:
                 origin.close(source=self.modifier_rank)
             for owner in self._owners:
                 owner.place.section.drop_edits()  # those to be kept have been, on all ranks alike
-                owner.place.unit.uses -= 1
+                owner.place.unit.leave()
                 if owner.place.unit.uses == 0 and not in_backward():
                     owner.place.unit.release()
             self._masters.close()

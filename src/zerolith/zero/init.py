@@ -24,6 +24,7 @@ from zerolith.parameter import ShardedParameter, refuse
 from zerolith.section import absent
 
 OPEN_BYTES = 64 * 2**20
+_active: list[Init] = []  # the outermost context that is open, if there is one
 
 
 class Origin:
@@ -60,7 +61,7 @@ class Origin:
         """Keep this rank's shard of rank `source`'s values (None: of its own) and let the whole go. Collective."""
         if self.stand_in is not None and self.stand_in.gathered is None:
             return self.stand_in
-        whole = self.param.detach().to(self.comm.device)
+        whole = self.param.detach().to(self.comm.device).contiguous()
         if source is not None:
             self.comm.broadcast(whole, source=source, name="zero.Init")
         owned = self.layout.owned(0, self.comm.rank)
@@ -90,7 +91,8 @@ class Init:
     Collective: every rank builds the same model. Rank 0's values are kept, as `initialize` keeps them elsewhere.
     Parameters are made on the CPU, by the same random numbers as without this context, and their shards move to
     the rank's device. `module` shards an existing module at once; `dtype` is the dtype of new floating-point
-    parameters; the other arguments are DeepSpeed's and have no effect.
+    parameters; the other arguments are DeepSpeed's and have no effect. Of contexts within each other (a library may
+    enter one, too) the outermost does the work, with the `dtype` of the innermost that has one.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class Init:
         self._open: list[Origin] = []
         self._by_param: dict[int, Origin] = {}
         self._handles: list[Any] = []
+        self._outer: Init | None = None
         if module is not None and enabled:
             with self:
                 for inner in module.modules():
@@ -114,16 +117,26 @@ class Init:
                         inner.register_parameter(name, param)
 
     def __enter__(self) -> Init:
-        if self.enabled:
+        if not self.enabled:
+            return self
+        if _active:
+            self._outer, self._outer_dtype = _active[0], _active[0].dtype
+            _active[0].dtype = self.dtype or _active[0].dtype
+        else:
             init_distributed()
             self._comm = default_comm()
             self._handles = [
                 register_module_parameter_registration_hook(self._on_parameter),
                 register_module_module_registration_hook(self._on_module),
             ]
+            _active.append(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._outer is not None:
+            self._outer.dtype, self._outer = self._outer_dtype, None
+            return
+        _active[:] = [each for each in _active if each is not self]
         for handle in self._handles:
             handle.remove()
         self._handles = []
