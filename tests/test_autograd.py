@@ -305,11 +305,13 @@ def test_another_thread_may_run_forwards(stage: int) -> None:
 
     thread = threading.Thread(target=act)
     thread.start()
-    for step in range(20):
-        engine.backward(engine(data(step, 0)).square().mean())
-        engine.step()
-    end.set()
-    thread.join()
+    try:
+        for step in range(20):
+            engine.backward(engine(data(step, 0)).square().mean())
+            engine.step()
+    finally:
+        end.set()
+        thread.join()
     assert errors == []
     expected = plain(make_model(), lambda model, x, rank: model(x).square().mean(), steps=20)
     assert error(engine, expected) < 1e-5

@@ -210,8 +210,7 @@ class Loader:
                 raise UsageError(f"the loader's state has {name} {state.get(name)}, this loader {value}")
         self.set_epoch(state["epoch"])
         self._source.start = state["samples"]
-        is_known = isinstance(self._source, MicroBatchSampler)
-        if is_known and self._deal.rounds(self._source.num_samples - state["samples"]) <= 0:
+        if self.num_samples is not None and self._deal.rounds(self.num_samples - state["samples"]) <= 0:
             self.set_epoch(state["epoch"] + 1)
 
     def _seed(self) -> int:

@@ -67,8 +67,7 @@ class Engine(Lending):
         self.global_samples = 0
         self.skipped_steps = 0
         self.client_state: Mapping[str, Any] = {}
-        self._syncing = True
-        self._in_backward = False
+        self._syncing, self._in_backward = True, False
         self._task = -1  # the outermost of autograd's graph tasks, if it has come to an output of the module
         self._managed = False  # the backward under way is engine.backward's, or of a loss that scale() has seen
         self._partitioned: PartitionedOptimizer | None = None

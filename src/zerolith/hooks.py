@@ -192,8 +192,9 @@ class Gatherer:
     def _pre_forward(self, module: nn.Module) -> None:
         if not self._calls and not in_backward():
             self._forward_order.restart()
-            self._open.clear()  # of a backward that failed
-            self._tasks.clear()
+            if torch.is_grad_enabled():  # another thread may only look on, while this one is in a backward
+                self._open.clear()  # of a backward that failed
+                self._tasks.clear()
         units = dict.fromkeys([*self._own[id(module)], *self._external.get(id(module), ())])
         call = Call(now=next(self._clock))
         self._calls.append((module, call))

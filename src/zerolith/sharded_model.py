@@ -250,13 +250,22 @@ class ShardedModel:
         with torch.no_grad():
             for module in self.model.modules():
                 for name, buffer in module.named_buffers(recurse=False):
-                    if buffer.layout is not torch.strided:
-                        kind = type(module).__name__
-                        raise UsageError(f"the buffer {name!r} of a {kind} is sparse, which ranks cannot exchange")
-                    dense = buffer.contiguous()
-                    as_bytes = dense.view(-1).view(torch.uint8)  # collectives do not know all dtypes
-                    self.comm.broadcast(as_bytes, name=f"buffer {name}")
-                    module._buffers[name] = self._cast_buffer(module, dense)
+                    module._buffers[name] = self._cast_buffer(module, self._broadcast_buffer(module, name, buffer))
+
+    def _broadcast_buffer(self, module: nn.Module, name: str, buffer: Tensor) -> Tensor:
+        """`buffer` with rank 0's values, or another tensor where the same memory cannot hold them."""
+        if self.comm.size == 1:
+            return buffer
+        if buffer.layout is not torch.strided:
+            kind = type(module).__name__
+            raise UsageError(f"the buffer {name!r} of a {kind} is sparse, which ranks cannot exchange")
+        dense = buffer.contiguous()
+        as_bytes = dense.view(-1).view(torch.uint8)  # collectives do not know all dtypes
+        self.comm.broadcast(as_bytes, name=f"buffer {name}")
+        try:
+            return buffer if dense is buffer else buffer.copy_(dense)
+        except RuntimeError:  # some elements share their memory: an expanded tensor
+            return dense
 
     def _cast_buffer(self, module: nn.Module, buffer: Tensor) -> Tensor:
         """`buffer` in the compute dtype if it is computed with parameters that are cast: a norm's statistics.

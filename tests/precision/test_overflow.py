@@ -116,7 +116,7 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all_and_is_told_once(precisio
     assert second == []
     assert len(first) == len(STAGES)
     for line in first:
-        assert "step 1 skipped" in line
+        assert "step 2 skipped" in line
         assert "body." in line
         assert "rank" in line
 

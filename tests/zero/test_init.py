@@ -263,17 +263,18 @@ def test_initialize_never_holds_the_model_whole_beside_what_it_was_given(sharded
 class Nested(nn.Module):
     """Enters a context of its own, as libraries do whose models are built inside of another's."""
 
-    def __init__(self, dtype: torch.dtype | None) -> None:
+    def __init__(self, dtype: torch.dtype | None, *, enabled: bool = True) -> None:
         super().__init__()
         self.before = nn.Linear(8, 8)
-        with zerolith.zero.Init(dtype=dtype):
+        with zerolith.zero.Init(dtype=dtype, enabled=enabled):
             self.inner = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-            zerolith.zero.Init(module=self.inner)
+            zerolith.zero.Init(module=self.inner, enabled=enabled)
         self.after = nn.Linear(8, 8)
 
 
 def build_nested(dtype: torch.dtype | None) -> None:
-    plain = dict(build(lambda: Nested(None), 0, sharded=False).named_parameters()) if dtype is None else {}
+    whole = build(lambda: Nested(None, enabled=False), 0, sharded=False)
+    plain = dict(whole.named_parameters()) if dtype is None else {}
     model = build(lambda: Nested(dtype), default_comm().rank, sharded=True)
     assert [param.dtype for param in model.inner.parameters()] == [dtype or torch.float32] * 4
     assert {param.dtype for param in [*model.before.parameters(), *model.after.parameters()]} == {torch.float32}

@@ -34,10 +34,11 @@ def page_buffer(nbytes: int) -> memoryview:
     Raises MemoryError or OSError if there is none; freed with the last view of it.
     """
     pages = mmap.mmap(-1, nbytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # of a kernel without them
-            pages.madvise(mmap.MADV_HUGEPAGE)
     start = -address_of(memoryview(pages)) % HUGE_PAGE_BYTES
+    whole = nbytes // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES  # what is left would take a huge page for itself
+    if hasattr(mmap, "MADV_HUGEPAGE") and whole:
+        with suppress(OSError):  # of a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE, start, whole)
     return memoryview(pages)[start : start + nbytes]
 
 
