@@ -4,6 +4,9 @@
 produces. Where gradients are reduced at this backward it is in the wire dtype and goes at once; where they rest
 (stages 0 and 1 before the boundary, no_sync at any stage) it is in the accumulation dtype and stays.
 
+[Note: late terms] A section is reduced when backward is done with its modules. A gradient that comes later rests until
+the next reduction, or until the step, where ranks agree on the sections of which one of them has such a term.
+
 [Note: borrowed terms] Where one tensor fills a section and its gradient leaves at once, the gradient is the term: it is
 read by the reduction and written by nobody, for autograd may share its memory with others.
 
@@ -285,8 +288,8 @@ class Reducer:
     def finish(self, late: Sequence[bool] = ()) -> None:
         """Bring every sum to the optim placement. Collective.
 
-        `late`, the same on all ranks: the sections of which some rank has a term that came after their reduction. A
-        module that runs in two parts of reentrant checkpointing leaves one, or a parameter used outside its module.
+        `late`, the same on all ranks: whose late terms are reduced before (see [Note: late terms]). A module that runs
+        in two parts of reentrant checkpointing leaves one, or a parameter that is used outside its module.
         """
         self.flush()
         for number, is_late in enumerate(late):
