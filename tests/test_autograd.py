@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from harness import run_ranks
@@ -48,10 +49,17 @@ def data(step: int, rank: int, micro: int = 0) -> Tensor:
 
 
 def plain(
-    model: nn.Module, loss: Callable[..., Tensor], *, gas: int = 1, world: int = 1, steps: int = STEPS
+    model: nn.Module,
+    loss: Callable[..., Tensor],
+    *,
+    gas: int = 1,
+    world: int = 1,
+    steps: int = STEPS,
+    prepare: Callable[[nn.Module], object] = id,
 ) -> dict[str, Tensor]:
     """Weights after training by `loss`(model, x, rank) in plain PyTorch."""
     model = copy.deepcopy(model)
+    prepare(model)
     optimizer = sgd(model)
     for step in range(steps):
         for rank in range(world):
@@ -400,6 +408,85 @@ def test_a_parameter_that_was_replaced_is_named_at_the_step(stage: int, change: 
             engine.step()
 
     run_ranks(2, body)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_parameter_that_is_held_elsewhere_is_trained_on(stage: int) -> None:
+    """As pruning does: the weight is a product of it with a mask from then on."""
+
+    def halve(model: nn.Module) -> None:
+        prune.l1_unstructured(model[0].inner, "weight", amount=0.5)
+
+    def body() -> None:
+        engine = start_engine(make_model(), config_for(stage), sgd)
+        halve(engine.module)
+        for step in range(STEPS):
+            engine.backward(engine(data(step, engine.global_rank)).square().mean())
+            engine.step()
+        expected = plain(make_model(), lambda model, x, rank: model(x).square().mean(), world=2, prepare=halve)
+        found = dict(engine.module.named_parameters())
+        assert error_between({name: found[name].detach() for name in expected}, expected) < 1e-5
+
+    run_ranks(2, body)
+
+
+# --- what is held while backward runs -----------------------------------------------------------
+
+
+def held_after_backwards(stage: int, *, stray: bool, plain_backward: bool) -> list[int]:
+    """Sections with a gradient that was not reduced behind backward, for each micro-batch."""
+    engine = start_engine(Nested(), config_for(stage, gas=4), sgd)
+    reducer, held = engine._sharded.reducer, []
+    end = reducer.end
+
+    def watched() -> None:
+        held.append(sum(reducer.late()))
+        end()
+
+    reducer.end = watched
+    for step in range(3):
+        for micro in range(4):
+            x = data(step, engine.global_rank, micro)
+            if stray and micro == 1:
+                engine(x)
+            loss = engine(x).square().mean()
+            loss.backward() if plain_backward else engine.backward(loss)
+        engine.step()
+    return held
+
+
+class Nested(nn.Module):
+    """Blocks that recompute, by reentrant checkpoints, a part of themselves that is no unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Recomputing() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Recomputing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone() if x.requires_grad else x.clone().requires_grad_()
+        return checkpoint(lambda x: torch.tanh(x @ self.weight), x, use_reentrant=True)
+
+
+@pytest.mark.parametrize("plain_backward", [False, True])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_gradients_leave_behind_backward(stage: int, plain_backward: bool) -> None:
+    """A forward whose backward never comes delays those of one micro-batch at most."""
+    for held in run_ranks(2, lambda: held_after_backwards(stage, stray=False, plain_backward=plain_backward)):
+        assert held == [0] * 12
+    for held in run_ranks(2, lambda: held_after_backwards(stage, stray=True, plain_backward=plain_backward)):
+        assert [count > 0 for count in held] == [False, True, False, False] * 3
 
 
 @EVERY_STAGE

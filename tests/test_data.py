@@ -206,6 +206,16 @@ def test_a_position_that_is_set_amid_a_pass_is_where_it_goes_on(kind: str) -> No
     assert loader.state_dict() == state
 
 
+def test_a_look_at_a_batch_does_not_move_a_pass_that_runs() -> None:
+    loader = loader_of(range(16), 2, 0, 1)
+    seen = []
+    for number, batch in enumerate(loader):
+        seen += batch
+        if number % 4 == 0:
+            next(iter(loader))
+    assert sorted(seen) == list(range(16))
+
+
 class Dice:
     """A dataset whose samples are random numbers of the worker that fetches them."""
 

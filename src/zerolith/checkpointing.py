@@ -38,6 +38,8 @@ EXPENSIVE = [
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
 ]
 
+TORCHS_OWN = ("use_reentrant", "preserve_rng_state", "determinism_check", "early_stop")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
@@ -97,9 +99,9 @@ def reset() -> None:
 def checkpoint(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """function(*args, **kwargs), whose activations are computed again in backward. Tensors may be at any depth.
 
-    `use_reentrant` is not the function's: callers of torch's checkpoint may pass it, and it has no effect.
+    What callers of torch's checkpoint may pass and is not the function's (TORCHS_OWN) has no effect.
     """
-    kwargs.pop("use_reentrant", None)
+    kwargs = {name: value for name, value in kwargs.items() if name not in TORCHS_OWN}
     return _run(_configured[0] if _configured else Options(), function, *args, **kwargs)
 
 

@@ -158,7 +158,7 @@ class Loader:
         self.epoch = 0
         self._taken = 0  # micro-batches of each rank since `_source.start`
         self._begun = False
-        self._moves = 0  # how often the position was set
+        self._moves = 0  # how often the position was set from outside
 
     @property
     def dataset(self) -> Any:
@@ -177,7 +177,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[Any]:
         if self._begun:
-            self.set_epoch(self.epoch + 1)
+            self._begin(self.epoch + 1)
         moves = -1
         while moves != self._moves:  # who sets the position amid a pass goes on from there
             moves, self._begun = self._moves, True
@@ -190,14 +190,17 @@ class Loader:
                 yield batch
                 if moves != self._moves:
                     break
-        self.set_epoch(self.epoch + 1)
+        self._begin(self.epoch + 1)
 
     def set_epoch(self, epoch: int) -> None:
-        """Let the next pass be epoch `epoch` from its beginning."""
+        """Let the next pass be epoch `epoch` from its beginning; one that runs goes on there."""
+        self._begin(epoch)
+        self._moves += 1
+
+    def _begin(self, epoch: int) -> None:
         self.epoch = epoch
         self._source.start = self._taken = 0
         self._begun = False
-        self._moves += 1
 
     def state_dict(self) -> dict[str, int]:
         """The same on every rank; may be loaded at another number of ranks and another micro-batch."""

@@ -143,7 +143,7 @@ class Engine(Lending):
         whole = loss if scale_wrt_gas else loss * steps
         scaled = whole * (self._scaler.scale * self._weight)
         self._watch.saw_loss(whole, weight=self._weight)
-        self._managed = True
+        self._managed, self._task = True, -1
         with self._phase("backward"):
             self._enter_backward()
             scaled.backward(retain_graph=retain_graph)
@@ -253,7 +253,7 @@ class Engine(Lending):
             coefficient = min(1.0, clip / (norm + CLIP_EPS)) if clip and not facts.overflow else 1.0
             with self._or_mixture():
                 optimizer.step(facts.used, sharded.publish, grad_factor=coefficient / terms)
-        sharded.drop_gradients()
+        sharded.reducer.reset()
         if skip and sharded.comm.rank == 0:
             message = "step %d skipped: the gradient of %s is not finite (loss scale %g)"
             logger.warning(message, self.global_steps + 1, facts.culprit, scale)
@@ -265,7 +265,7 @@ class Engine(Lending):
         """Drop what has been accumulated since the last step. step() does so by itself."""
         self._check_alive()
         if not self._in_backward and self._micro.since_step:
-            self._sharded.drop_gradients()
+            self._sharded.reducer.reset()
             self._micro.drop()
 
     def reset(self) -> None:
@@ -320,8 +320,7 @@ class Engine(Lending):
         ended = self._finalizer.detach()
         if ended is not None:
             let_go(*ended[2])
-        self._partitioned = self.optimizer = self.basic_optimizer = self.lr_scheduler = None
-        self.training_dataloader = None
+        self._partitioned = self.optimizer = self.basic_optimizer = self.lr_scheduler = self.training_dataloader = None
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -340,7 +339,8 @@ class Engine(Lending):
         self._in_backward = True
         self._micro.backward_begun()
         resting = self._sharded.plan.partitioning.rests_partial and not self._micro.is_last()
-        self._sharded.gatherer.begin_backward()
+        if self._task == -1:
+            self._sharded.gatherer.begin_backward()
         self._sharded.reducer.begin(reducing=self._syncing and not resting)
 
     def _leave_backward(self) -> None:
@@ -348,7 +348,7 @@ class Engine(Lending):
         if not self._in_backward:
             return
         self._sharded.reducer.end()
-        self._sharded.gatherer.end_backward()
+        self._sharded.gatherer.end_micro_batch()
         self._in_backward = self._managed = False
         self._micro.backward_done()
 
@@ -363,6 +363,7 @@ class Engine(Lending):
             return
         if self._task != graph_task():
             self._task = graph_task()
+            self._sharded.gatherer.begin_backward()
             torch.autograd.Variable._execution_engine.queue_callback(_weakly(self, Engine._leave_backward))
         if self._sharded.reducer.will_collect():
             self._on_backward()

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from zerolith.errors import UsageError
-from zerolith.outputs import on_gradient, tensors_in
+from zerolith.outputs import has_history, on_gradient, tensors_in
 from zerolith.parameter import ShardedParameter, refuse
 from zerolith.schedule import Order
 from zerolith.unit import Unit
@@ -83,7 +83,7 @@ class Gatherer:
         self._running = threading.local()  # see `_calls`
         self._open: list[Call] = []  # calls whose backward has begun
         self._tasks: list[int] = []  # graph tasks that are running, outermost first
-        self._awaited: Counter[Unit] = Counter()  # by unit: forwards since the last step whose backward has not begun
+        self._awaited: Counter[Unit] = Counter()  # by unit: forwards whose backward has not begun
         self._keeping = False  # after a backward with create_graph, until the backward of that one is over
         self._is_differentiated = False  # the backward under way is such a one
         self._aside: dict[tuple[int, str], weakref.ref[Tensor]] = {}  # by module and attribute: tensors left there
@@ -94,8 +94,13 @@ class Gatherer:
         for unit, module in zip(units, modules, strict=True):
             self._install(module, [unit])
         others = {*modules}
-        self._within = {  # by module: itself and those in it that have no unit of their own
-            id(module): [each for _, each in module.named_modules(memo=others - {module})] for module in modules
+        self._within = {  # by module: itself and those in it that have no unit of their own, without torch's
+            id(module): [
+                each
+                for _, each in module.named_modules(memo=others - {module})
+                if not type(each).__module__.startswith("torch.nn.modules.")
+            ]
+            for module in modules
         }
 
     @property
@@ -144,9 +149,10 @@ class Gatherer:
         self._keeping = False
         self._release_unused()
 
-    def forget_awaited(self) -> None:
-        """Backwards of the forwards so far are not waited for: a step is over."""
+    def end_micro_batch(self) -> None:
+        """As `end_backward`; and backwards of the forwards so far are not waited for."""
         self._awaited.clear()
+        self.end_backward()
 
     def check_idle(self) -> None:
         """Raises UsageError if a unit is in use and would not get new weights."""
@@ -243,7 +249,7 @@ class Gatherer:
         """What a forward has left in attributes of its modules, where others find it: losses of a router."""
         for inner in self._within.get(id(module), ()):
             for name, value in vars(inner).items():
-                if isinstance(value, Tensor) and value.grad_fn is not None:
+                if isinstance(value, Tensor) and has_history(value):
                     seen = self._aside.get((id(inner), name))
                     if seen is None or seen() is not value:
                         self._aside[id(inner), name] = weakref.ref(value)

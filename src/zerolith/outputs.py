@@ -34,11 +34,19 @@ def on_gradient(tensors: Iterable[Tensor], hook: Callable[[Tensor], None]) -> bo
     watched = {}
     for tensor in tensors:
         for each in (tensor, tensor._base):
-            if each is not None and each.grad_fn is not None:
+            if each is not None and has_history(each):
                 watched[id(each)] = each
     for each in watched.values():
         each.register_hook(hook)
     return bool(watched)
+
+
+def has_history(tensor: Tensor) -> bool:
+    """Whether backward comes through `tensor`; not through a leaf, nor what autograd refuses to say it of."""
+    try:
+        return tensor.grad_fn is not None
+    except RuntimeError:  # a view that was made without a graph, of what was written to with one
+        return False
 
 
 def _parts(value: Any) -> list[Any]:

@@ -17,7 +17,7 @@ from itertools import compress
 from typing import NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zerolith.buffer import FlatBuffer
 from zerolith.comm import Comm, Pending
@@ -192,11 +192,13 @@ class Section:
                     tensor.requires_grad_(self._wanted_grads[index])
             self._wanted_grads[index] = member.param.requires_grad
 
-    def replaced(self) -> str:
-        """Name of a trained parameter that the model no longer holds, or not in our memory; "" if there is none."""
+    def replaced(self, model: nn.Module) -> str:
+        """Name of a trained parameter that `model` no longer holds, or not in our memory; "" if there is none."""
         for index, member in enumerate(self.members if self.trained else ()):
-            is_ours = self.is_sharded or member.param.data_ptr() == self._views[index].data_ptr()
-            if not (is_ours and member.is_held(member.param, *self.stand_ins[index : index + 1])):
+            ours = (member.param, *self.stand_ins[index : index + 1])
+            is_held = member.is_held(*ours) or any(each is own for each in model.parameters() for own in ours)
+            is_here = self.is_sharded or member.param.data_ptr() == self._views[index].data_ptr()
+            if not (is_held and is_here):
                 return member.name
         return ""
 

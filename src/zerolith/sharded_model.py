@@ -117,7 +117,7 @@ class ShardedModel:
 
         Collective where tensors are stepped whole but rest as shards. Raises UsageError if a parameter was replaced.
         """
-        replaced = next(filter(None, (section.replaced() for section in self.sections)), "")
+        replaced = next(filter(None, (section.replaced(self.model) for section in self.sections)), "")
         if replaced:
             raise UsageError(
                 f"the model no longer holds the parameter {replaced!r} that initialize took: an assignment, `.data =`, "
@@ -151,11 +151,6 @@ class ShardedModel:
                         "master weights and cannot be trained now. Put it into the optimizer before initialize (it may "
                         "stay frozen until you need it), or make a new engine."
                     )
-
-    def drop_gradients(self) -> None:
-        """Forget what has come since the last step, and backwards that have not."""
-        self.reducer.reset()
-        self.gatherer.forget_awaited()
 
     def reset(self) -> None:
         """Back to rest after an exception: gradients since the last step are dropped."""

@@ -32,10 +32,8 @@ def safe_get_full_fp32_param(param: Tensor) -> Tensor | None:
 def safe_get_full_grad(param: Tensor) -> Tensor | None:
     """The mean gradient over ranks and micro-batches; None if none has been reduced since the last step."""
     owner = _owner(param)
-    reducer = owner.sharded.reducer
-    if owner.gradients is None or owner.gradients.fresh or reducer.partial:
+    if not _finish_late(owner):
         return None
-    reducer.finish_late()
     return _whole(owner, _grad_parts(owner), flat_shards=True).div_(owner.terms())
 
 
@@ -61,8 +59,9 @@ def safe_set_full_fp32_param(param: Tensor, value: Tensor) -> None:
 
 
 def safe_set_full_grad(param: Tensor, value: Tensor) -> None:
-    """Overwrite the mean gradient that the next step will use. `value`: the same on every rank."""
+    """Overwrite the mean gradient that the next step will use. `value`: the same on every rank. Collective."""
     owner = _owner(param)
+    _finish_late(owner)
     _write(_grad_to_set(owner), _summed(owner, _checked(param, value)))
 
 
@@ -131,6 +130,14 @@ def _trained(owner: Owner) -> Gradients:
     if owner.gradients is None:
         raise UsageError(f"{owner.place.member.name!r} is not trained, so it has no gradient")
     return owner.gradients
+
+
+def _finish_late(owner: Owner) -> bool:
+    """Whether all gradients since the last step are reduced, also what came late on some rank. Collective then."""
+    is_due = owner.gradients is not None and not owner.gradients.fresh and not owner.sharded.reducer.partial
+    if is_due:
+        owner.sharded.reducer.finish_late()
+    return is_due
 
 
 def _has_mean(own: Gradients | None) -> bool:
