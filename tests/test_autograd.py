@@ -74,6 +74,14 @@ def error(engine: Any, expected: dict[str, Tensor]) -> float:
     return error_between(whole_weights(engine), expected)
 
 
+def trains_as_plain_pytorch(engine: Any) -> bool:
+    """On two ranks, from the weights of make_model on."""
+    for step in range(STEPS):
+        engine.backward(engine(data(step, engine.global_rank)).square().mean())
+        engine.step()
+    return error(engine, plain(make_model(), lambda model, x, rank: model(x).square().mean(), world=2)) < 1e-5
+
+
 # --- gradients that train nothing ---------------------------------------------------------------
 
 
@@ -269,11 +277,7 @@ def test_an_interrupted_forward_is_heard_of_at_the_step(stage: int) -> None:
         with pytest.raises(UsageError, match=r"forward of a Sequential.*engine\.reset\(\)"):
             engine.step()
         engine.reset()
-        for step in range(STEPS):
-            engine.backward(engine(data(step, engine.global_rank)).square().mean())
-            engine.step()
-        expected = plain(make_model(), lambda model, x, rank: model(x).square().mean(), world=2)
-        assert error(engine, expected) < 1e-5
+        assert trains_as_plain_pytorch(engine)
 
     run_ranks(2, body)
 
@@ -289,11 +293,7 @@ def test_step_and_reset_inside_of_gathered_parameters(stage: int) -> None:
                     engine.step()
             engine.reset()
         assert all(unit.uses == 0 for unit in engine._sharded.units)
-        for step in range(STEPS):
-            engine.backward(engine(data(step, engine.global_rank)).square().mean())
-            engine.step()
-        expected = plain(make_model(), lambda model, x, rank: model(x).square().mean(), world=2)
-        assert error(engine, expected) < 1e-5
+        assert trains_as_plain_pytorch(engine)
 
     run_ranks(2, body)
 
@@ -373,11 +373,7 @@ def test_gradients_from_before_initialize_are_not_in_the_first_step(stage: int) 
         for param in model.parameters():
             param.grad = torch.ones_like(param)
         engine = start_engine(model, config_for(stage), sgd)
-        for step in range(STEPS):
-            engine.backward(engine(data(step, engine.global_rank)).square().mean())
-            engine.step()
-        expected = plain(make_model(), lambda model, x, rank: model(x).square().mean(), world=2)
-        assert error(engine, expected) < 1e-5
+        assert trains_as_plain_pytorch(engine)
 
     run_ranks(2, body)
 
