@@ -161,7 +161,7 @@ class Gatherer:
                 f"step() while a forward of a {type(self._calls[0][0]).__name__} runs; if an interrupt ended it, call "
                 "engine.reset()"
             )
-        used = next((unit.name for unit in self.units if unit.is_sharded and unit.uses > 0), None)
+        used = next((unit.name for unit in self.units if unit.uses > 0), None)
         if used is not None:
             raise UsageError(f"step() inside zero.GatheredParameters (of {used}): leave it before the step")
 
@@ -171,9 +171,8 @@ class Gatherer:
             for unit in call.units:
                 unit.leave()
         self._calls.clear()
-        self._awaited.clear()
         self._keeping = self._is_differentiated = False
-        self.end_backward()
+        self.end_micro_batch()
 
     def remove_hooks(self) -> None:
         for handle in self._handles:

@@ -48,7 +48,10 @@ class Member:
             if instead_of is None or module._parameters.get(attribute) is instead_of:
                 module._parameters[attribute] = param  # type: ignore[assignment]  # a stand-in counts as a parameter
 
-    def is_held(self, *ours: Tensor) -> bool:
-        """Whether all those modules hold one of `ours`."""
-        held = [module._parameters.get(attribute) for module, attribute in self.homes]
-        return all(any(each is own for own in ours) for each in held)
+    def is_held(self, stand_in: Tensor | None) -> bool:
+        """Whether all those modules hold it, or `stand_in`."""
+        for module, attribute in self.homes:
+            held = module._parameters.get(attribute)
+            if held is not self.param and (held is None or held is not stand_in):
+                return False
+        return True

@@ -194,11 +194,12 @@ class Section:
 
     def replaced(self, model: nn.Module) -> str:
         """Name of a trained parameter that `model` no longer holds, or not in our memory; "" if there is none."""
-        for index, member in enumerate(self.members if self.trained else ()):
-            ours = (member.param, *self.stand_ins[index : index + 1])
-            is_held = member.is_held(*ours) or any(each is own for each in model.parameters() for own in ours)
-            is_here = self.is_sharded or member.param.data_ptr() == self._views[index].data_ptr()
-            if not (is_held and is_here):
+        if not self.trained:
+            return ""
+        stand_ins: Sequence[Tensor | None] = self.stand_ins or [None] * len(self.members)
+        for member, stand_in, view in zip(self.members, stand_ins, self._views, strict=True):
+            is_here = self.is_sharded or member.param.data_ptr() == view.data_ptr()
+            if not is_here or not (member.is_held(stand_in) or _is_within(model, member.param, stand_in)):
                 return member.name
         return ""
 
@@ -367,6 +368,11 @@ class Section:
             )
             for index, member in enumerate(self.members)
         ]
+
+
+def _is_within(model: nn.Module, *ours: Tensor | None) -> bool:
+    """Whether one of `ours` is somewhere in `model`, under whatever name: pruning gives a parameter another."""
+    return any(each is own for each in model.parameters() for own in ours)
 
 
 def absent(view: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from zerolith.config import KEYS, SECTIONS, TYPED_SECTIONS, Config, Fate, Key, load_config, resolve_batch
+from zerolith.cli.schedule_commands import make_named
+from zerolith.config import KEYS, SECTIONS, TYPED_SECTIONS, Fate, Key, load_config, resolve_batch
 
 
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -29,7 +30,8 @@ def _print_schema(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     given = load_config(Path(arguments.file))
     resolved = given if arguments.world_size is None else resolve_batch(given, arguments.world_size)
-    _try_names(given)
+    if given.optimizer is not None or given.scheduler is not None:  # torch takes long to import
+        make_named(given)
     dumps = given.model_dump(exclude_unset=True), given.model_dump(), resolved.model_dump()
     for key in KEYS.values():
         if key.fate is Fate.IMPLEMENTED:
@@ -39,22 +41,6 @@ def _check(arguments: argparse.Namespace) -> int:
     for note in given.notes:
         print(f"{'hint':<12} {note.path}: {note.why}")
     return 0
-
-
-def _try_names(config: Config) -> None:
-    """Raises ConfigError if the optimizer or the schedule that it names cannot be made with its parameters."""
-    if config.optimizer is None and config.scheduler is None:
-        return
-    import torch
-
-    from zerolith.optim import build_optimizer, build_scheduler
-
-    model = torch.nn.Linear(2, 2)
-    optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    if config.optimizer is not None:
-        optimizer = build_optimizer(config.optimizer.type, config.optimizer.params, list(model.parameters()), model)
-    if config.scheduler is not None:
-        build_scheduler(config.scheduler.type, config.scheduler.params, optimizer)
 
 
 _MISSING = object()

@@ -9,6 +9,7 @@ from zerolith.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
 
 ROWS, BAR = 20, 50  # of the plot in a terminal: lines, characters
 SPANS = ("total_num_steps", "total_iters", "total_steps", "T_max")  # options that say how long a schedule is
@@ -56,16 +57,10 @@ def _span(params: dict[str, object]) -> int:
 def _simulate(config: Config, steps: int, *, lr: float) -> tuple[list[float], list[float]]:
     """lr and momentum (or beta1; 0 if neither) of the first param group at each optimizer step."""
     import torch
-    from torch import nn
 
-    from zerolith.optim import build_optimizer, build_scheduler
-
+    optimizer, scheduler = make_named(config, lr=lr)
     assert config.scheduler is not None, "checked by the caller"
-    model = nn.Linear(2, 2)
-    named = config.optimizer
-    kind, options = ("SGD", {"lr": lr}) if named is None else (named.type, named.params)
-    optimizer = build_optimizer(kind, options, list(model.parameters()), model)
-    scheduler = build_scheduler(config.scheduler.type, config.scheduler.params, optimizer)
+    assert scheduler is not None, "made of it"
     if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
         raise ConfigError("scheduler.type: ReduceLROnPlateau follows the loss, so there is nothing to draw beforehand")
     rates, momenta = [], []
@@ -78,6 +73,19 @@ def _simulate(config: Config, steps: int, *, lr: float) -> tuple[list[float], li
     except (ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"{config.scheduler.type} cannot be drawn beyond step {len(rates)}: {error}") from error
     return rates, momenta
+
+
+def make_named(config: Config, *, lr: float = 1e-3) -> "tuple[Optimizer, LRScheduler | None]":
+    """The optimizer that `config` names, or SGD with `lr`, over two tensors; and its schedule. Raises ConfigError."""
+    from torch import nn
+
+    from zerolith.optim import build_optimizer, build_scheduler
+
+    model, named = nn.Linear(2, 2), config.optimizer
+    kind, options = ("SGD", {"lr": lr}) if named is None else (named.type, named.params)
+    optimizer = build_optimizer(kind, options, list(model.parameters()), model)
+    chosen = config.scheduler
+    return optimizer, build_scheduler(chosen.type, chosen.params, optimizer) if chosen is not None else None
 
 
 def _momentum(optimizer: "Optimizer") -> float:
