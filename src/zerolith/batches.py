@@ -5,9 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from zerolith.config import Config
 from zerolith.data import Loader, make_loader
 from zerolith.errors import UsageError
+from zerolith.micro_steps import MicroSteps
+from zerolith.precision import LossScaler
 from zerolith.status import Status
+
+
+def terms_of_a_sum(config: Config, micro: MicroSteps, scaler: LossScaler, *, ranks: int) -> Callable[[], float]:
+    """What a step's sum of gradients is divided by, loss scale included.
+
+    Not a method of an engine: who has one would keep a dropped engine alive.
+    """
+    of_ranks = (1 if config.gradient_allreduce_op == "sum" else ranks) / config.gradient_predivide_factor
+    return lambda: of_ranks * micro.per_step * scaler.scale
 
 
 class Batches(Status):

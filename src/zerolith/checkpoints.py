@@ -138,6 +138,7 @@ class Checkpoints(Batches):
             self._catch_up()
         except OffloadError as error:  # on every rank, and what is loaded mends it
             logger.warning("the last step failed: %s", error)
+        self._give_up_ahead()
         folder = self._folder(load_dir)
         wants = Wants(
             strict=load_module_strict,
@@ -300,7 +301,7 @@ class Checkpoints(Batches):
         if not self._finalizer.alive:
             raise UsageError("this engine was destroyed; make a new one with zerolith.initialize")
 
-    def _check_ready(self) -> None:
+    def _check_ready(self, *, to_step: bool = False) -> None:
         self._check_alive()
         if self._in_backward:
             raise UsageError(
@@ -310,6 +311,8 @@ class Checkpoints(Batches):
             raise UsageError(
                 f"{self._mixture}, so weights and states are a mixture; load a checkpoint or make a new engine"
             )
+        if self._partitioned is not None and not to_step:
+            self._partitioned.ahead.refuse()
 
     def _catch_up(self) -> None:
         """Let the last step come to its end. Collective, once after each. Raises OffloadError on every rank."""
@@ -317,13 +320,19 @@ class Checkpoints(Batches):
             with self._or_mixture():
                 self._partitioned.catch_up()
 
+    def _give_up_ahead(self) -> None:
+        """Let updates come to their end; a step that began some in backward is not made."""
+        if self._partitioned is not None and self._partitioned.give_up():
+            self._mixture = "a backward that had begun to update was given up"
+
     @contextmanager
-    def _or_mixture(self) -> Iterator[None]:
-        """What fails in here has updated some weights and states, and others not."""
+    def _or_mixture(self, *, if_ahead: bool = False) -> Iterator[None]:
+        """What fails in here has updated some weights and states, and others not; or backward has, if told."""
         try:
             yield
         except Exception:
-            self._mixture = "the last step failed half-way"
+            if not if_ahead or (self._partitioned is not None and self._partitioned.ahead.eligible):
+                self._mixture = "the last step failed half-way"
             raise
 
     def _check_here(self, *kinds: str) -> None:

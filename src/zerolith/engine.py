@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from zerolith.batches import terms_of_a_sum
 from zerolith.checkpoint import Sharded
 from zerolith.checkpoints import WEIGHTS
 from zerolith.comm import CommsLog
@@ -70,17 +71,21 @@ class Engine(Lending):
         self._syncing, self._in_backward = True, False
         self._task = -1  # the outermost of autograd's graph tasks, if it has come to an output of the module
         self._managed = False  # the backward under way is engine.backward's, or of a loss that scale() has seen
+        self._terms = terms_of_a_sum(config, self._micro, scaler, ranks=sharded.comm.size)
         self._partitioned: PartitionedOptimizer | None = None
         if optimizer is not None:
-            overlaps = config.zero_optimization.offload_optimizer.overlap != "none"
+            overlap = config.zero_optimization.offload_optimizer.overlap
             self._partitioned = PartitionedOptimizer(
                 optimizer,
                 sharded.gradients,
                 sharded.comm,
                 swap=swap,
-                overlaps=overlaps,
+                overlaps=overlap != "none",
+                terms=self._terms if overlap == "backward" else None,
+                checks=config.skips_steps,
                 splits=config.bf16.split_master,
             )
+            sharded.reducer.when_summed = self._partitioned.ahead.summed
             self.optimizer = ZeroOptimizer(
                 optimizer,
                 step=self.step,
@@ -97,11 +102,6 @@ class Engine(Lending):
         if config.comms_logger.enabled:
             sharded.comm.log = sharded.comm.log or CommsLog()
         handles = [*handles, self._phase, watch, module.register_forward_hook(_weakly(self, Engine._watch_output))]
-        comm, micro = sharded.comm, self._micro
-        of_ranks = (1 if config.gradient_allreduce_op == "sum" else comm.size) / config.gradient_predivide_factor
-        # What a sum of gradients is divided by, loss scale included. Not a method: that would keep a dropped engine
-        # alive.
-        self._terms: Callable[[], float] = lambda: of_ranks * micro.per_step * scaler.scale
         register(sharded, self._partitioned, self._terms)
         self._finalizer = weakref.finalize(self, let_go_aside, sharded, self._partitioned, handles, os.getpid())
         self._finalizer.atexit = False
@@ -181,10 +181,6 @@ class Engine(Lending):
         if self._syncing and not resting:
             self._sharded.reducer.flush()
 
-    def is_gradient_accumulation_boundary(self) -> bool:
-        """Whether the micro-batch at hand, or the one just done, completes an optimizer step."""
-        return self._micro.is_boundary()
-
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """Decide it by hand from now on; the same on every rank."""
         self._micro.manual = is_boundary
@@ -197,7 +193,7 @@ class Engine(Lending):
         Collective at boundaries. Raises UsageError without a backward since the last step, and ScaleError if the
         dynamic loss scale is exhausted.
         """
-        self._check_ready()
+        self._check_ready(to_step=True)
         self._check_here()
         self._sharded.gatherer.check_idle()
         if self._partitioned is None:
@@ -209,7 +205,7 @@ class Engine(Lending):
             return
         rates = [float(lr) for lr in self.get_lr()]  # that this step uses
         self._integrity.before_step(self.global_steps + 1, [rates, self._scaler.scale, self.global_samples])
-        with self._phase("step"):
+        with self._phase("step"), self._or_mixture(if_ahead=True):
             self.report = self._update(self._partitioned)
         self._applied = not self.report.skipped
         self.global_steps += 1
@@ -235,6 +231,7 @@ class Engine(Lending):
     @torch.no_grad()
     def _update(self, optimizer: PartitionedOptimizer) -> StepReport:
         sharded, settings, scale = self._sharded, self._settings, self._scaler.scale
+        optimizer.ahead.step_begins()
         edited = sharded.adopt_edits()
         if edited:
             logger.info("weights were edited in place and are kept: %s", ", ".join(edited))
@@ -243,12 +240,15 @@ class Engine(Lending):
         is_checked = interval > 0 and self.global_steps % interval == 0
         facts = examine(sharded.gradients, sharded.comm, late=sharded.reducer.late(), fingerprint=is_checked)
         if any(facts.late):
+            optimizer.ahead.check_late(facts.late, sharded.gradients)
             sharded.reducer.finish(facts.late)
             facts = examine(sharded.gradients, sharded.comm)
         terms = self._terms()
         norm = facts.norm / terms
-        skip = facts.overflow and (not settings.bf16.enabled or settings.bf16.check_grad_overflow)
-        if not skip:
+        skip = facts.overflow and settings.skips_steps
+        if skip:
+            optimizer.ahead.check_skip(facts.culprit)
+        else:
             clip = settings.gradient_clipping
             coefficient = min(1.0, clip / (norm + CLIP_EPS)) if clip and not facts.overflow else 1.0
             with self._or_mixture():
@@ -265,6 +265,8 @@ class Engine(Lending):
         """Drop what has been accumulated since the last step. step() does so by itself."""
         self._check_alive()
         if not self._in_backward and self._micro.since_step:
+            if self._partitioned is not None:
+                self._partitioned.ahead.refuse()
             self._sharded.reducer.reset()
             self._micro.drop()
 
@@ -275,8 +277,7 @@ class Engine(Lending):
         """
         self._check_alive()
         self._in_backward, self._managed, self._task = False, False, -1
-        if self._partitioned is not None:
-            self._partitioned.settle()
+        self._give_up_ahead()
         self._sharded.reset()
         self._micro.drop()
 
@@ -290,11 +291,6 @@ class Engine(Lending):
         if not self._compiled:
             options = {"backend": backend, **(compile_kwargs or {})}
             self._compiled += [Forward(block, partial(torch.compile, **options)) for block in self._sharded.blocks]
-
-    def comms_summary(self) -> str:
-        """A table of this rank's collectives by operation and unit; empty unless comms_logger.enabled."""
-        log = self._sharded.comm.log
-        return log.table() if log is not None else ""
 
     @property
     def is_compiled(self) -> bool:
@@ -334,11 +330,12 @@ class Engine(Lending):
 
     def _enter_backward(self) -> None:
         self._check_here()
-        if self._partitioned is not None:
-            self._partitioned.settle()
-        self._in_backward = True
         self._micro.backward_begun()
-        resting = self._sharded.plan.partitioning.rests_partial and not self._micro.is_last()
+        is_last = self._micro.is_last()
+        if self._partitioned is not None:
+            self._partitioned.backward_begins(is_last=is_last and self._syncing)
+        self._in_backward = True
+        resting = self._sharded.plan.partitioning.rests_partial and not is_last
         if self._task == -1:
             self._sharded.gatherer.begin_backward()
         self._sharded.reducer.begin(reducing=self._syncing and not resting)

@@ -100,6 +100,7 @@ class Gradients:
         self.is_away = False  # lent: without memory, and not to be touched
         self.runs_behind = False  # whether the section is updated behind the forward that follows a step
         self.is_held = False  # an update that runs behind reads them, and resets them afterwards
+        self.squares: Tensor | None = None  # see `norms`, of a sum that may be gone
 
     @property
     def sum(self) -> FlatBuffer:
@@ -199,7 +200,7 @@ class Gradients:
         for term in (self.term, self._lender):
             if term is not None:
                 term.give_back()
-        self.term = self._lender = None
+        self.term = self._lender = self.squares = None
         self.used = [False] * len(self.used)
         self.fresh = True
         self.gathered = self.partitioning.optim is SHARD
@@ -238,6 +239,7 @@ class Reducer:
         self.reducing = False  # whether this backward reduces
         self.partial = False  # whether some rank's terms wait to be reduced
         self.before_first: Callable[[], None] = lambda: None  # told of every gradient before it is taken
+        self.when_summed: Callable[[Gradients], None] = lambda own: None  # told of every reduction that is done
         self._sequence = Sequencer(len(self.gradients))
         self._follows = False  # whether the sequence is that of a backward that was seen
         self._in_flight: deque[tuple[Gradients, Pending]] = deque()
@@ -325,6 +327,7 @@ class Reducer:
             pending.wait()
             if own.partitioning.rests_partial:  # until the last micro-batch: this is the whole step's sum
                 self._gathers.append(own.start_finish())
+            self.when_summed(own)
 
     def reset(self) -> None:
         """Drop everything; after an exception the collectives in flight are waited for first."""

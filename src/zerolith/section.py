@@ -96,6 +96,8 @@ class Section:
         self.failure: BaseException | None = None  # of the last update: until they are published, weights are not new
         self.is_split = False  # whether masters rest as what the weights lack, and are lost if those change
         self.is_behind = False  # whether one was begun since the weights were last gathered: so on every rank
+        self.is_ahead = False  # whether this step's was begun in its backward: nobody may look before the step
+        self.at_rest = self.is_sharded  # and not whole, nor about to be
         self.owners = list(owners)  # rank that steps each tensor, where whole tensors are stepped on shards
         self.main = self._make_main(packed)
         self.masters = self._make_masters(packed)  # by index: whole tensors that this rank owns, master dtype
@@ -221,7 +223,8 @@ class Section:
     @property
     def cast_target(self) -> FlatBuffer | None:
         """Where a step may put its result in the dtype of the weights; None if masters are those, or elsewhere."""
-        if self.main is None or self.main.shares_memory_with(self.weights) or self.is_elsewhere:
+        is_early = self.is_ahead and not self.is_sharded  # the weights are in sight, and the step is still to come
+        if is_early or self.main is None or self.main.shares_memory_with(self.weights) or self.is_elsewhere:
             return None
         if self.main.data.device != self.weights.data.device:
             return None

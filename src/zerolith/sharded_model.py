@@ -18,7 +18,7 @@ from zerolith.layout import assign_owners
 from zerolith.member import Member
 from zerolith.parameter import ShardedParameter, Touch, refuse
 from zerolith.section import Plan, Section
-from zerolith.unit import Phase, Unit
+from zerolith.unit import Phase, Unit, refuse_ahead
 from zerolith.wrap import UnitPlan, WrapPolicy, plan_units, split_members
 
 
@@ -124,7 +124,7 @@ class ShardedModel:
                 "or a change of dtype or device has put other memory in its place. Change it before initialize"
             )
         self.release_all()
-        edited = [section for section in self.sections if section.trained and section.edited()]
+        edited = [each for each in self.sections if each.trained and not each.is_ahead and each.edited()]
         elsewhere = [section for section in self.sections if section.has_masters_elsewhere]
         if elsewhere:
             flags = self.comm.max([float(section in edited) for section in elsewhere], name="edited weights")
@@ -298,6 +298,7 @@ def _settles(section: Section) -> Callable[[], None]:
 
 
 def _settle(section: Section) -> None:
+    refuse_ahead(section)
     section.settle()
     if section.failure is not None:
         raise OffloadError(

@@ -52,6 +52,15 @@ class Status(nn.Module):
         groups = self.optimizer.param_groups if self.optimizer is not None else []
         return [group.get("betas", group.get("momentum")) for group in groups]
 
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the micro-batch at hand, or the one just done, completes an optimizer step."""
+        return self._micro.is_boundary()
+
+    def comms_summary(self) -> str:
+        """A table of this rank's collectives by operation and unit; empty unless comms_logger.enabled."""
+        log = self._sharded.comm.log
+        return log.table() if log is not None else ""
+
     def train_batch_size(self) -> int:
         return self._settings.train_batch_size or 0
 

@@ -8,7 +8,7 @@ from enum import Enum
 from torch import Tensor
 
 from zerolith.comm import Pending
-from zerolith.errors import PhaseError
+from zerolith.errors import PhaseError, UsageError
 from zerolith.section import Section
 
 
@@ -76,8 +76,16 @@ class Unit:
                 section.read_ahead()
 
     def gather(self) -> None:
-        """Make the parameters whole and put them into their modules. Collective unless they are whole already."""
+        """Make the parameters whole and put them into their modules. Collective unless they are whole already.
+
+        Raises UsageError if the step under way has updated them.
+        """
+        for section in self.sections:
+            refuse_ahead(section)
         self.start_gather()
+        self._finish_gather()
+
+    def _finish_gather(self) -> None:
         if self.phase is Phase.GATHERING:
             for pending, section in zip(self._pending, self.sections, strict=True):
                 pending.wait()
@@ -89,7 +97,7 @@ class Unit:
         """Let go of the whole parameters. Does not communicate; waits for a gather under way."""
         if not self.is_sharded or self.phase is Phase.REST:
             return
-        self.gather()  # what is under way comes to its end
+        self._finish_gather()
         for section in self.sections:
             section.release()
         self._move(Phase.REST)
@@ -98,3 +106,14 @@ class Unit:
         if (self.phase, phase) not in LEGAL:
             raise PhaseError(f"unit {self.name!r} is {self.phase.value} and cannot become {phase.value}")
         self.phase = phase
+        for section in self.sections:
+            section.at_rest = phase is Phase.REST
+
+
+def refuse_ahead(section: Section) -> None:
+    """Raises UsageError if a step that has not been taken yet has updated the section in its backward."""
+    if section.is_ahead:
+        raise UsageError(
+            f"{section.name} is updated already by the step under way, whose updates begin in backward "
+            '(zero_optimization.offload_optimizer.overlap is "backward"): call step() before anything else'
+        )

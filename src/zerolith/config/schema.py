@@ -128,9 +128,10 @@ class OffloadOptimizer(Section):
         "none", "none: on the device; cpu: in host memory, stepped there; nvme: in a file, stepped in host memory."
     )
     nvme_path: str | None = key(None, "Folder on a fast disk of each host, for device nvme.")
-    overlap: Literal["none", "forward"] = key(
+    overlap: Literal["none", "forward", "backward"] = key(
         "forward",
-        "At stage 3, forward: updates run behind the next forward, which waits for each unit's; none: in step().",
+        "When updates run. forward: at stage 3 behind the next forward, which waits for each unit's; backward: from "
+        "when a unit's gradient is complete, whose memory then goes; none: in step().",
     )
     ratio: Share = key(1.0, "Share of masters and states that is offloaded; those of the model's first units stay.")
 
@@ -340,6 +341,25 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _updates_in_backward(self) -> "Config":
+        zero, name = self.zero_optimization, 'zero_optimization.offload_optimizer.overlap: "backward" '
+        is_fp16 = self.fp16.enabled or (self.torch_autocast.enabled and self.torch_autocast.dtype == "float16")
+        if zero.offload_optimizer.overlap != "backward":
+            return self
+        if Partitioning.from_stage(zero.stage).optim is not SHARD:
+            raise ValueError(f"{name}updates shards; choose stage 1, 2 or 3")
+        if self.gradient_clipping:
+            raise ValueError(
+                f"{name}updates before the norm of all gradients is known, so they cannot be clipped; set "
+                'gradient_clipping to 0, or choose "forward"'
+            )
+        if is_fp16:
+            raise ValueError(f'{name}cannot skip a step, as the loss scale of float16 must; use bf16, or "forward"')
+        if self.integrity_interval:
+            raise ValueError(f"{name}changes what integrity_interval compares before a step; choose one of the two")
+        return self
+
+    @model_validator(mode="after")
     def _predivides_when_told(self) -> "Config":
         if self.gradient_predivide_factor != 1.0 and not self.prescale_gradients:
             raise ValueError("gradient_predivide_factor has an effect only with prescale_gradients: true")
@@ -348,6 +368,11 @@ class Config(Section):
     def model_post_init(self, context: Any) -> None:  # Any: pydantic's signature
         if context:
             self._raw, self._notes = context
+
+    @property
+    def skips_steps(self) -> bool:
+        """Whether a step is skipped if a gradient is not finite."""
+        return not self.bf16.enabled or self.bf16.check_grad_overflow
 
     @property
     def raw(self) -> Mapping[str, Any]:

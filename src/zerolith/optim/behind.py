@@ -26,6 +26,7 @@ from zerolith.errors import OffloadError, UsageError
 from zerolith.gradients import Gradients
 from zerolith.member import Granularity
 from zerolith.memory.threads import helpers, start_task
+from zerolith.partitioning import SHARD
 
 logger = logging.getLogger("zerolith")
 
@@ -46,16 +47,25 @@ class Behind:
         self._ident = 0  # of the thread, while it updates
 
     def start(self, updates: Mapping[Gradients, Callable[[], None]]) -> None:
-        """Begin to make the calls, each of which updates the masters and weights of one section, in order."""
+        """Begin to make the calls, each of which updates the masters and weights of one section, in order.
+
+        The memory of its gradient goes then. After one that has failed none is made, until all are settled.
+        """
         self._thread = self._thread or helpers(1, "zerolith optimizer")
-        self._failed = ready = None
+        self._failed = self._failed if self._tasks else None
+        ready = None
         if self._device.type == "cuda":
             self._stream = self._stream or torch.cuda.Stream(self._device)
             ready = torch.cuda.current_stream(self._device).record_event()
         for own, update in updates.items():
-            own.is_held = own.section.is_behind = True
+            own.is_held = True
             own.section.settle = partial(self.settle, own)
-            self._tasks[own] = start_task(self._thread, partial(self._run, update, ready))
+            self._tasks[own] = start_task(self._thread, partial(self._run, own, update, ready))
+
+    def wait_for_room(self, most: int) -> None:
+        """Wait until fewer than `most` updates are under way: their gradients are kept until then."""
+        under_way = [task for task in self._tasks.values() if not task.done()]
+        wait(under_way[: len(under_way) - most + 1] if len(under_way) >= most else [])
 
     def settle(self, own: Gradients) -> None:
         """Wait for a section's update, if it has one. Its error is kept: no rank may leave the others alone in here.
@@ -70,9 +80,10 @@ class Behind:
         own.section.settle = lambda: None
         own.section.failure = self._tasks.pop(own).exception()
         if own.section.failure is not None:
-            self.report(own.section.failure)
+            self.report(self._failed or own.section.failure)  # others were not begun because of it
         own.is_held = False
-        own.reset()
+        if not own.section.is_ahead:  # else the step that it belongs to asks what the gradient was
+            own.reset()
 
     def settle_all(self) -> None:
         """Wait for all updates."""
@@ -101,7 +112,7 @@ class Behind:
             logger.error("the last step failed, and weights are not those that it should have made: %s", self._error)
 
     @torch.no_grad()
-    def _run(self, update: Callable[[], None], ready: torch.cuda.Event | None) -> None:
+    def _run(self, own: Gradients, update: Callable[[], None], ready: torch.cuda.Event | None) -> None:
         if self._failed is not None:
             raise OffloadError("an earlier update failed") from self._failed
         self._ident = threading.get_ident()
@@ -112,6 +123,7 @@ class Behind:
                     self._stream.wait_event(ready)
                     beside.callback(self._stream.synchronize)
                 update()
+            own.free()
         except Exception as error:
             self._failed = error
             raise
@@ -122,9 +134,22 @@ class Behind:
 def can_run_behind(inner: Optimizer, own: Gradients) -> bool:
     """Whether `inner` may step a section while others compute: nobody can see its weights before they are new."""
     section = own.section
-    is_ours = section.is_offloaded and section.plan.master_device is not None and section.is_sharded
+    is_offloaded = section.is_offloaded and section.plan.master_device is not None
+    return is_offloaded and section.is_sharded and _steps_alone(inner, own)
+
+
+def can_run_ahead(inner: Optimizer, own: Gradients, *, is_swapped: bool) -> bool:
+    """Whether `inner` may step a section in backward: nobody can see its weights then, or they stay until the step."""
+    section = own.section
+    if not _steps_alone(inner, own) or own.partitioning.optim is not SHARD or section.main is None:
+        return False
+    return section.is_sharded or not (is_swapped or section.main.shares_memory_with(section.weights))
+
+
+def _steps_alone(inner: Optimizer, own: Gradients) -> bool:
+    """Whether a section may be stepped apart from others, by an object that is not `inner` but like it."""
     is_known = type(inner).__module__.partition(".")[0] in KNOWN
-    return is_ours and is_known and section.main is not None and section.granularity is Granularity.ELEMENT
+    return is_known and own.section.main is not None and own.section.granularity is Granularity.ELEMENT
 
 
 def has_hooks(inner: Optimizer, *, but: Any) -> bool:

@@ -42,7 +42,7 @@ def examine(
     Collective. With `fingerprint`, ranks also compare the collectives that they have issued so far.
     Raises CollectiveMismatchError on every rank if they differ.
     """
-    squares = [_block_squares(own) for own in gradients]
+    squares = [block_squares(own) if own.squares is None else own.squares for own in gradients]
     largest = max((float(square.max()) for square in squares if square.numel()), default=0.0)
     flags = [float(used) for own in gradients for used in own.used]
     print_ = float(comm.journal.fingerprint) if fingerprint else 0.0
@@ -58,7 +58,7 @@ def examine(
     return GradientFacts(math.sqrt(total), False, used, is_late, "")
 
 
-def _block_squares(own: Gradients) -> Tensor:
+def block_squares(own: Gradients) -> Tensor:
     """(blocks of this rank's shard,) fp64: the sum of squares of each block; inf where one is not finite."""
     shard = own.sum.own().data.view(-1, BLOCK)
     dtype = torch.promote_types(shard.dtype, torch.float32)

@@ -1,39 +1,31 @@
-"""A torch optimizer on this rank's part of the masters.
-
-The optimizer object and its param_group dicts stay the client's own; only the tensors in `group["params"]` are
-replaced, by flat pieces of the masters (ELEMENT) or by whole tensors (TENSOR).
-"""
+"""A torch optimizer that steps this rank's part of the masters: together, a section at a time, behind or ahead."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from itertools import chain
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from zerolith.comm import Comm, agree
-from zerolith.errors import OffloadError, OptimizerError, UsageError
+from zerolith.errors import OffloadError, UsageError
 from zerolith.gradients import Gradients
-from zerolith.layout import Range
-from zerolith.memory import Residency, SwapFile
-from zerolith.optim.behind import Behind, alike, can_run_behind, has_hooks, options_of
-from zerolith.optim.exchange import WholeTensors
+from zerolith.memory import SwapFile
+from zerolith.optim.ahead import Ahead
+from zerolith.optim.behind import Behind, alike, can_run_ahead, can_run_behind, has_hooks, options_of
+from zerolith.optim.holdings import Holdings
 from zerolith.optim.one_pass import OnePass
-from zerolith.optim.pieces import Piece, State, cut, is_per_element
-from zerolith.optim.split_masters import SplitMasters, can_split
 from zerolith.section import Section
 
-SMALLEST_KEPT = 4096  # bytes of a state that is worth a place on disk
+MOST_AHEAD = 2  # sections whose gradients wait for their updates in backward
 
 
-class PartitionedOptimizer:
-    """Owner of the pieces of all sections; steps them with `inner`."""
+class PartitionedOptimizer(Holdings):
+    """Steps the pieces of all sections with `inner`."""
 
     def __init__(
         self,
@@ -43,21 +35,12 @@ class PartitionedOptimizer:
         *,
         swap: SwapFile | None = None,
         overlaps: bool = False,  # let updates of what is offloaded run behind the next forward, where they may
+        terms: Callable[[], float] | None = None,  # given, they begin in backward, and sums are divided by this
+        checks: bool = True,  # whether a step is skipped whose gradients are not finite
         splits: bool = False,  # keep masters as what their weights lack, where that can be
     ) -> None:
-        self.inner = inner
-        self.comm = comm
-        self.gradients = list(gradients)
-        self.whole = {own: WholeTensors(own.section, comm) for own in gradients if own.section.main is None}
-        self.pieces = {own: cut(own, self._whole_params(own)) for own in gradients}
+        super().__init__(inner, gradients, comm, swap=swap, splits=splits)
         self.is_stepping = False
-        self._given = [group["params"] for group in inner.param_groups]
-        given = {id(param): state for param, state in inner.state.items()}
-        inner.state.clear()
-        self._carry_over(given)
-        self._hidden: dict[nn.Parameter, State] = {}  # of pieces that are not in memory
-        self.split_masters = self._split() if splits else None
-        self.residency = Residency(self.split_masters or swap, self, goes=self._goes)
         self._own_hook = inner.register_step_pre_hook(self._refuse_outside)
         self._behind = Behind(comm.device)
         self._is_behind = False  # whether updates have begun since `catch_up`
@@ -67,6 +50,15 @@ class PartitionedOptimizer:
             own.section.resident = partial(self._resident, own)
             with self.residency.resident(own):
                 pass  # from here on it is on disk
+        self.ahead = Ahead(
+            [own for own in gradients if terms and can_run_ahead(inner, own, is_swapped=self.residency.swaps(own))],
+            comm,
+            begin=self._begin_ahead,
+            options=lambda: options_of(inner),
+            terms=terms or (lambda: 1.0),
+            may_begin=lambda: not has_hooks(inner, but=self._own_hook),
+            checks=checks,
+        )
 
     def step(
         self,
@@ -85,17 +77,25 @@ class PartitionedOptimizer:
         self._check_groups()
         flags_of = dict(zip(self.gradients, used, strict=True))
         is_watched = has_hooks(self.inner, but=self._own_hook)  # who looks on wants to see gradients and the result
-        behind = {own: flags for own, flags in flags_of.items() if own.runs_behind and not is_watched}
-        swapped = {own: flags_of[own] for own in self.gradients if self.residency.swaps(own) and own not in behind}
-        here = {own: flags_of[own] for own in self.gradients if own not in behind and own not in swapped}
+        behind = [own for own in self.gradients if own.runs_behind and not is_watched]
+        swapped = [own for own in self.gradients if self.residency.swaps(own) and own not in behind]
+        here = [own for own in self.gradients if own not in behind and own not in swapped]
         error = self._cut_by_use(flags_of)  # after which, if there is one, nothing is swapped on this rank
-        if here or behind:  # a step of nothing, too: schedulers look for one
-            self._step_together(here, self.inner, grad_factor)
-            publish([own.section for own in here])
+        left = {own: flags for own, flags in flags_of.items() if own not in self.ahead.begun}
+        if self.ahead.begun and not left.keys().isdisjoint([*here, *swapped]):
+            self._behind.settle_all()  # `inner` has the same tensors
+        if here or behind:
+            self._step_here({own: left[own] for own in here if own in left}, grad_factor)
+            self._publish_here(here, publish)
         if swapped:
-            self._step_in_turn(swapped, publish, grad_factor, error)
-        if behind:
-            self._step_behind(behind, grad_factor, error)
+            self._step_in_turn({own: left[own] for own in swapped if own in left}, publish, grad_factor, error)
+        if behind or self.ahead.eligible:
+            self._is_behind = True
+            self._step_behind({own: left[own] for own in behind if own in left}, grad_factor, error)
+        for own in [*behind, *self.ahead.eligible]:
+            own.section.is_behind = own.section.is_sharded
+        if self.ahead.end():
+            vars(self.inner)["_opt_called"] = True  # what schedulers look for; nothing else may have stepped it
 
     def catch_up(self) -> None:
         """Wait for updates that run behind. Collective, if a step has begun any since the last time.
@@ -114,31 +114,22 @@ class PartitionedOptimizer:
             self.residency.abandon()
             raise
 
-    def settle(self) -> None:
-        """Wait for updates that run behind. Does not communicate, and leaves what went wrong to `catch_up`."""
+    def backward_begins(self, *, is_last: bool) -> None:
+        """Wait for updates that run behind, and begin some in this backward if it is the step's last.
+
+        Does not communicate, and leaves what went wrong to `catch_up`. Raises UsageError if a step is due.
+        """
+        self.ahead.refuse()
         self._behind.settle_all()
+        self.ahead.backward_begins(is_last=is_last)
 
-    @contextmanager
-    def all_shown(self) -> Iterator[None]:
-        """Inside, the optimizer has the tensors and states of all sections. Raises UsageError if states are on disk."""
-        hidden = [own for own in self.gradients if self.residency.swaps(own)]
-        if hidden and self.split_masters is None:
-            raise UsageError("optimizer states rest on disk and have no state dict; use engine.save_checkpoint")
-        for own in hidden:
-            self.show(own)
-        try:
-            yield
-        finally:
-            for own in hidden:
-                self.hide(own)
-
-    def _split(self) -> SplitMasters:
-        for own in self.gradients:
-            own.section.is_split = can_split(own.section)
-        return SplitMasters(own.section for own in self.gradients if own.section.is_split)
-
-    def _goes(self, own: Gradients) -> bool:
-        return own.section.is_split if self.split_masters is not None else own.section.is_offloaded
+    def give_up(self) -> bool:
+        """Wait for all updates, and forget a step that began some in backward; returns whether there was one."""
+        self._behind.settle_all()
+        has_begun = self.ahead.end()
+        if has_begun:
+            self._behind.take_error()
+        return has_begun
 
     def _refuse_outside(self, *_: Any) -> None:
         if not self.is_stepping:
@@ -193,36 +184,61 @@ class PartitionedOptimizer:
         self, used: Mapping[Gradients, Sequence[bool]], grad_factor: float, error: OffloadError | None
     ) -> None:
         """Let them be stepped in the order in which forward meets them."""
-        self._is_behind = True
         if error is not None:
             self._behind.report(error)
         order, options = [*used][::-1], options_of(self.inner)
-
-        def update(own: Gradients, after: Gradients) -> None:
-            params: list[list[Tensor]] = [[] for _ in options]
-            for piece in self.pieces[own]:
-                params[piece.group].append(piece.param)
-            try:
-                with self.residency.resident(own):
-                    self.residency.prefetch(after)
-                    self._step_together({own: used[own]}, alike(self.inner, options, params), grad_factor)
-                    own.free()
-                    own.section.start_publish().wait()
-                own.section.plan.residency.settle()  # here, where a failure is told to all ranks
-            except OffloadError:
-                self.residency.abandon()
-                raise
-
         following = order[1:] + order[:1]
-        self._behind.start({own: partial(update, own, after) for own, after in zip(order, following, strict=True)})
+        self._behind.start(
+            {
+                own: partial(self._update_one, own, used[own], after, options, grad_factor)
+                for own, after in zip(order, following, strict=True)
+            }
+        )
+
+    def _begin_ahead(self, own: Gradients, options: list[dict[str, Any]], grad_factor: float) -> None:
+        after = next(iter(self.gradients[self.gradients.index(own) + 1 :]), None)  # in backward, most of the time
+        flags = [True] * len(own.used)
+        self._behind.wait_for_room(MOST_AHEAD)
+        self._behind.start({own: partial(self._update_one, own, flags, after, options, grad_factor)})
+
+    def _update_one(
+        self,
+        own: Gradients,
+        flags: Sequence[bool],
+        after: Gradients | None,
+        options: Sequence[Mapping[str, Any]],
+        grad_factor: float,
+    ) -> None:
+        """Step one section and, where that needs no other rank, publish it; `after` is the next. In the thread."""
+        params: list[list[Tensor]] = [[] for _ in options]
+        for piece in self.pieces[own]:
+            params[piece.group].append(piece.param)
+        try:
+            with self.residency.resident(own):
+                if after is not None:
+                    self.residency.prefetch(after)
+                self._step_together({own: flags}, alike(self.inner, options, params), grad_factor)
+                if own.section.is_sharded:
+                    own.section.start_publish().wait()
+            own.section.plan.residency.settle()  # here, where a failure is told to all ranks
+        except OffloadError:
+            self.residency.abandon()
+            raise
+
+    def _step_here(self, used: Mapping[Gradients, Sequence[bool]], grad_factor: float) -> None:
+        if used or not self.ahead.begun:  # else its tensors are being stepped
+            self._step_together(used, self.inner, grad_factor)
+
+    def _publish_here(self, here: Sequence[Gradients], publish: Callable[[Sequence[Section]], None]) -> None:
+        """Bring what is stepped in memory to the weights, unless that was done in backward. Collective."""
+        for own in here:
+            if own in self.ahead.begun and not own.section.is_sharded:
+                self._behind.settle(own)
+        publish([own.section for own in here if not (own.section.is_sharded and own in self.ahead.begun)])
 
     def _resident(self, own: Gradients) -> AbstractContextManager[None]:
         self._behind.settle(own)
         return self.residency.resident(own)
-
-    def here(self) -> list[Gradients]:
-        """Sections that are always in memory."""
-        return [own for own in self.gradients if not self.residency.swaps(own)]
 
     def _step_together(self, used: Mapping[Gradients, Sequence[bool]], inner: Optimizer, grad_factor: float) -> None:
         """Step the pieces of some sections with `inner`, which has the options."""
@@ -231,7 +247,8 @@ class PartitionedOptimizer:
             if not is_one_pass:
                 own.scale(grad_factor)
             self._set_grads(own, flags)
-        self.is_stepping = inner is self.inner
+        if inner is self.inner:
+            self.is_stepping = True
         try:
             if isinstance(inner, OnePass):
                 inner.grad_factor = grad_factor
@@ -240,7 +257,8 @@ class PartitionedOptimizer:
             for own in used:
                 own.section.is_cast = is_one_pass and own.section.cast_target is not None
         finally:
-            self.is_stepping = False
+            if inner is self.inner:
+                self.is_stepping = False
             for group in inner.param_groups:
                 for param in group["params"]:
                     param.grad = None
@@ -248,114 +266,6 @@ class PartitionedOptimizer:
             if own in self.whole:
                 with own.section.near(to_write=True):
                     self.whole[own].put_values(own.section.weights.own())
-
-    def kept(self, own: Gradients) -> Iterator[Tensor]:
-        """A section's masters, unless they are its weights, and its states of more than a few elements if they go."""
-        section = own.section
-        if section.main is not None and not section.main.shares_memory_with(section.weights):
-            yield section.main.data
-        yield from section.masters.values()
-        for piece in self.pieces[own] if self.split_masters is None else ():
-            for value in self.inner.state.get(piece.param, {}).values():
-                if isinstance(value, Tensor) and value.nbytes >= SMALLEST_KEPT:
-                    yield value
-
-    def show(self, own: Gradients) -> None:
-        """A section's masters and states are in memory again: the optimizer steps them."""
-        for piece in self.pieces[own]:
-            self.inner.param_groups[piece.group]["params"].append(piece.param)
-            if piece.param in self._hidden:
-                self.inner.state[piece.param] = self._hidden.pop(piece.param)
-
-    def hide(self, own: Gradients) -> None:
-        """They go to disk: the optimizer, and whoever looks into it, does not see them."""
-        hidden = {id(piece.param) for piece in self.pieces[own]}
-        for group in self.inner.param_groups:
-            group["params"] = [param for param in group["params"] if id(param) not in hidden]
-        for piece in self.pieces[own]:
-            if piece.param in self.inner.state:
-                self._hidden[piece.param] = self.inner.state.pop(piece.param)
-
-    def states_here(self) -> Iterator[State]:
-        """The states of all pieces that are in memory to stay."""
-        yield from self.inner.state.values()
-        if self.split_masters is not None:
-            yield from self._hidden.values()
-
-    def state_of(self, param: nn.Parameter) -> State:
-        """The state of a stepped tensor; large tensors have no memory while they are on disk."""
-        state: State = self.inner.state[param] if param in self.inner.state else self._hidden.get(param, {})
-        return state
-
-    def group_of(self, param: Tensor) -> Mapping[str, Any]:
-        """The options with which a stepped tensor is stepped."""
-        number = next(piece.group for piece in chain(*self.pieces.values()) if piece.param is param)
-        options: Mapping[str, Any] = self.inner.param_groups[number]
-        return options
-
-    def locate(self, own: Gradients, index: int) -> Iterator[tuple[nn.Parameter, Range, Range]]:
-        """Where slot `index` lies on this rank: (stepped tensor, range in it, range in the slot), flattened."""
-        slot = own.section.layout.slots[index]
-        for piece in self.pieces[own]:
-            part = slot.span.clip(piece.range)
-            if part.numel:
-                yield piece.param, part.shift(-piece.range.start), part.shift(-slot.start)
-
-    def restart(self, own: Gradients, kinds: Sequence[int]) -> dict[Range, State]:
-        """Cut a section anew, without states: neighbouring parameters are stepped as one if they are of one kind.
-
-        Returns the states that it had, by the range of their piece: whoever wants to may use their memory again.
-        """
-        before = {piece.range: self.inner.state.pop(piece.param, {}) for piece in self.pieces[own]}
-        self.pieces[own] = [
-            piece.part(run) if run != piece.range else piece
-            for piece in cut(own, self._whole_params(own))
-            for run in piece.runs(kinds)
-        ]
-        self._hand_over(own)
-        return before
-
-    def let_go(self) -> None:
-        """Give the optimizer back as it came: over the client's tensors, without state."""
-        self._own_hook.remove()
-        self._behind.close()
-        self.residency.discard()
-        self._hidden.clear()
-        self.inner.state.clear()
-        for group, params in zip(self.inner.param_groups, self._given, strict=False):  # groups added since stay
-            group["params"] = params
-        self.pieces.clear()
-        self.whole.clear()
-        self.gradients.clear()
-
-    def _carry_over(self, given: Mapping[int, State]) -> None:
-        """Give pieces the state that some optimizers (Adagrad) make for their tensors when they are built."""
-        for own in self.gradients if given else ():
-            for index, member in enumerate(own.section.members):
-                state = given.get(id(member.param)) or given.get(id(member.stand_in)) or {}
-                for param, held, part in self.locate(own, index):
-                    for name, value in state.items():
-                        mine = self.inner.state[param]
-                        if is_per_element(name, value, member.param.shape):
-                            flat = mine.setdefault(name, torch.zeros_like(param.detach())).view(-1)
-                            flat[held.start : held.stop] = value.detach().reshape(-1)[part.start : part.stop]
-                        else:
-                            mine[name] = copy.deepcopy(value)
-
-    def _whole_params(self, own: Gradients) -> Mapping[int, nn.Parameter]:
-        return self.whole[own].params if own in self.whole else {}
-
-    def _by_use(self, piece: Piece, flags: Sequence[bool]) -> Iterator[Piece]:
-        """The piece, or its parts if only some of its parameters had a gradient; they stay apart from then on."""
-        if not piece.mixes(flags):
-            yield piece
-            return
-        state = self.inner.state.pop(piece.param, {})
-        for run in piece.runs(flags):
-            part = piece.part(run)
-            for name, value in piece.part_of_state(run, state):
-                self.inner.state[part.param][name] = value
-            yield part
 
     def _set_grads(self, own: Gradients, flags: Sequence[bool]) -> None:
         """Give the pieces whose parameters had a gradient theirs. Collective where whole tensors are exchanged."""
@@ -373,17 +283,9 @@ class PartitionedOptimizer:
             for piece in self.pieces[own]:
                 yield piece.param, target.at(piece.range)
 
-    def _check_groups(self) -> None:
-        if len(self.inner.param_groups) != len(self._given):
-            raise OptimizerError(
-                f"the optimizer has {len(self.inner.param_groups)} param groups and had {len(self._given)} when "
-                "initialize sharded them; add groups before it"
-            )
-
-    def _hand_over(self, *used: Gradients) -> None:
-        """Let the optimizer step the pieces of the sections in memory: those always there, and `used`."""
-        for group in self.inner.param_groups:
-            group["params"] = []
-        for own in dict.fromkeys([*self.here(), *used]):
-            for piece in self.pieces[own]:
-                self.inner.param_groups[piece.group]["params"].append(piece.param)
+    def let_go(self) -> None:
+        """Give the optimizer back as it came: over the client's tensors, without state."""
+        self._own_hook.remove()
+        self._behind.close()
+        self.ahead.end()
+        super().let_go()

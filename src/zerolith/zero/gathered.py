@@ -46,6 +46,8 @@ class GatheredParameters:
             raise UsageError(f"GatheredParameters: modifier_rank {modifier_rank} is none of {comms[0].size} ranks")
 
     def __enter__(self) -> None:
+        for owner in self._owners:
+            owner.refuse_ahead()
         for section in dict.fromkeys(owner.place.section for owner in self._owners):
             if self.modifier_rank is not None and section.is_split and not section.is_sharded:
                 self._masters.enter_context(section.resident())  # before the weights are written to

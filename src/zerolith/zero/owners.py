@@ -23,13 +23,20 @@ class Owner:
     place: Place
     terms: Callable[[], float]  # by which the gradient sum is divided to give the mean
 
+    def refuse_ahead(self) -> None:
+        """Raise UsageError where nothing but step() may follow."""
+        if self.optimizer is not None:
+            self.optimizer.ahead.refuse()
+
     @property
     def gradients(self) -> Gradients | None:
+        self.refuse_ahead()
         self.place.section.settle()
         return self.sharded.gradients_of(self.place.section)
 
     def resident(self) -> AbstractContextManager[None]:
         """In which the parameter's master and optimizer states may be touched."""
+        self.refuse_ahead()
         return self.place.section.resident()
 
 

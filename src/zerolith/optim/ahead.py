@@ -1,0 +1,148 @@
+"""Updates that begin in backward: a section's, as soon as its gradient is complete, whose memory then goes.
+
+[Note: ahead] They are made before anything is known of the gradients that are still to come. So gradients cannot be
+clipped by their norm, and a gradient that is not finite cannot undo what was updated before it came: the step is an
+error then, on every rank. From the last micro-batch's backward to the step, the engine does nothing else: weights,
+masters and states may be of either step. The step finds every number that it needs of a gradient in `squares`.
+Each rank decides alone which of its sections are ready (a module may have been left out there): what needs all ranks,
+publishing whole weights, is left to the step, which does the rest of the updates, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zerolith.comm import Comm
+from zerolith.errors import UsageError
+from zerolith.gradients import Gradients
+from zerolith.optim.norms import block_squares
+
+Options = list[dict[str, Any]]  # of each param group
+
+
+class Ahead:
+    """Which sections this step has updated in its backward. Without `eligible` sections it does nothing."""
+
+    def __init__(
+        self,
+        eligible: Sequence[Gradients],
+        comm: Comm,
+        *,
+        begin: Callable[[Gradients, Options, float], None],  # an update, given options and factor of the gradient
+        options: Callable[[], Options],  # as they are now
+        terms: Callable[[], float],  # by which a gradient sum is divided
+        may_begin: Callable[[], bool],
+        checks: bool,  # whether a step is skipped if a gradient is not finite
+    ) -> None:
+        self.eligible = list(eligible)
+        self.begun: list[Gradients] = []  # by this rank
+        self._comm = comm
+        self._begin, self._options_now, self._terms, self._may_begin = begin, options, terms, may_begin
+        self._checks = checks
+        self._waiting: list[Gradients] = []  # whose weights are whole still: the root's, until backward ends
+        self._options: Options = []  # when the backward began
+        self._is_armed = False  # whether a backward completes the step's gradients
+        self._is_stopped = False  # a gradient was not finite
+        self._is_due = False  # the step is
+
+    def backward_begins(self, *, is_last: bool) -> None:
+        """Get ready if it completes the gradients of a step."""
+        self._is_armed = self._is_due = is_last and bool(self.eligible) and self._may_begin()
+        self._is_stopped = False
+        self._waiting.clear()
+        self._options = self._options_now() if self._is_armed else []
+
+    def summed(self, own: Gradients) -> None:
+        """A section's gradient is reduced: begin its update, and those that had to wait, if nothing can be missing."""
+        if not self._is_armed or own not in self.eligible:
+            return
+        self._waiting.append(own)
+        for each in list(self._waiting):
+            if each.section.at_rest or not each.section.is_sharded:
+                self._waiting.remove(each)
+                self._begin_if_complete(each)
+
+    def _begin_if_complete(self, own: Gradients) -> None:
+        if self._is_stopped or own.term is not None or not all(own.used) or not _has_elements(own, self._comm.rank):
+            return
+        squares = block_squares(own)
+        if self._checks and not torch.isfinite(squares).all():
+            self._is_stopped = True  # in backward all that comes after it is not finite either, most of the time
+            return
+        if own.section.edited():
+            own.section.adopt_edits()
+        own.squares, own.section.is_ahead = squares, True
+        self.begun.append(own)
+        self._begin(own, self._options, 1.0 / self._terms())
+
+    def refuse(self) -> None:
+        """Raise UsageError between such a backward and its step."""
+        if self._is_due:
+            raise UsageError(
+                "the last backward has begun this step's updates (zero_optimization.offload_optimizer.overlap is "
+                '"backward"), so nothing but step() may follow: call it first'
+            )
+
+    def step_begins(self) -> None:
+        """Let the step look at everything. Raises UsageError if what it should do is not what was begun."""
+        self._is_armed = self._is_due = False
+        if self.begun and not _equal(self._options, self._options_now()):
+            raise UsageError(
+                "options of the optimizer, such as its learning rate, were changed between the backward that has begun "
+                "this step's updates and step(): change them before that backward"
+            )
+        for own in self.begun:
+            if not own.section.is_sharded and own.section.edited():
+                raise UsageError(
+                    f"weights of {own.section.name} were edited between the backward that has begun this step's "
+                    "updates and step(): edit them before that backward, or after step()"
+                )
+
+    def check_late(self, late: Sequence[bool], gradients: Sequence[Gradients]) -> None:
+        """Raise UsageError, the same on all ranks, if gradients came after an update may have used the others."""
+        for own, is_late in zip(gradients, late, strict=True):
+            if is_late and own in self.eligible:
+                raise UsageError(
+                    f"a gradient of {own.section.name} came when it had been updated: a parameter is used outside of "
+                    "its module, or in two parts of a reentrant checkpoint. Set zero_optimization.offload_optimizer."
+                    'overlap to "forward"'
+                )
+
+    def check_skip(self, culprit: str) -> None:
+        """A step is about to be skipped: raise UsageError on all ranks if one has updated something. Collective."""
+        if self.eligible and self._comm.max([float(bool(self.begun))], name="updates in backward")[0] > 0:
+            raise UsageError(
+                f"the gradient of {culprit} is not finite, and others have been used already, in backward; go on from "
+                'a checkpoint, with zero_optimization.offload_optimizer.overlap "forward" to have such steps skipped'
+            )
+
+    def end(self) -> bool:
+        """The step is over, or given up; returns whether this rank had begun any update of it."""
+        begun, self.begun = self.begun, []
+        self._is_armed = self._is_due = False
+        for own in begun:
+            own.section.is_ahead = False
+        return bool(begun)
+
+
+def _has_elements(own: Gradients, rank: int) -> bool:
+    """Whether a rank has anything of a section but padding, whose zeros tell nothing of a gradient."""
+    layout = own.section.layout
+    return any(layout.owned(index, rank).numel for index in range(len(layout.slots)))
+
+
+def _equal(some: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> bool:
+    return len(some) == len(others) and all(
+        one.keys() == other.keys() and all(_same(value, other[name]) for name, value in one.items())
+        for one, other in zip(some, others, strict=True)
+    )
+
+
+def _same(one: object, other: object) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return bool(one == other)
