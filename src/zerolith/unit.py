@@ -115,5 +115,6 @@ def refuse_ahead(section: Section) -> None:
     if section.is_ahead:
         raise UsageError(
             f"{section.name} is updated already by the step under way, whose updates begin in backward "
-            '(zero_optimization.offload_optimizer.overlap is "backward"): call step() before anything else'
+            '(zero_optimization.offload_optimizer.overlap is "backward"): call step() before anything else, and let no '
+            "module have a part in two backwards of a step"
         )
