@@ -249,6 +249,7 @@ def test_no_gradient_stays(stage: int, tmp_path: Path, monkeypatch: pytest.Monke
     for overlap in ("none", "backward"):
         alone = {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 1}
         engine = start(overlap, tmp_path, stage=stage, **alone, **BF16)
+        assert (engine.summary().bytes_per_rank["gradients"] == 0) == (overlap == "backward")
         of_sections = sorted(own.section.layout.numel * 4 for own in engine._sharded.gradients)
 
         def measure(*_: Any, engine: Any = engine) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from itertools import groupby
 
 from zerolith.member import Granularity
 from zerolith.optim import PartitionedOptimizer
 from zerolith.partitioning import REPLICATE, SHARD
+from zerolith.section import Section
 from zerolith.sharded_model import ShardedModel
 
 # Numbers that an optimizer keeps per element; 1 where none is given.
@@ -36,13 +38,14 @@ def summarize(sharded: ShardedModel, optimizer: PartitionedOptimizer | None, *, 
     plan, comm = sharded.plan, sharded.comm
     numel = sum(member.param.numel() for section in sharded.sections for member in section.members)
     kind = type(optimizer.inner).__name__ if optimizer is not None else "no optimizer"
+    passing = {own.section for own in optimizer.ahead.eligible} if optimizer is not None and steps == 1 else set()
     return Summary(
         headline=f"zerolith: {numel:,} parameters in {len(sharded.units)} units on {comm.size} ranks "
         f"({comm.backend}, {comm.device.type}), {plan.partitioning}, {kind}{_offloaded(sharded, optimizer)}",
         units=tuple(
             (unit.name, sum(len(section.members) for section in unit.sections), unit.numel) for unit in sharded.units
         ),
-        bytes_per_rank=_bytes_at_rest(sharded, kind),
+        bytes_per_rank=_bytes_at_rest(sharded, kind, passing),
         wire_bytes_per_step=_wire_bytes(sharded, steps),
     )
 
@@ -68,13 +71,14 @@ def _share(sharded: ShardedModel) -> str:
     return "" if offloaded == sum(numels.values()) else f"{offloaded / sum(numels.values()):.0%} of "
 
 
-def _bytes_at_rest(sharded: ShardedModel, kind: str) -> dict[str, int]:
+def _bytes_at_rest(sharded: ShardedModel, kind: str, passing: Set[Section]) -> dict[str, int]:
+    """passing: sections whose gradients never rest, for they are used in backward."""
     counts = dict.fromkeys(("parameters", "gradients", "optimizer"), 0)
     for section in sharded.sections:
         counts["parameters"] += section.weights.data.nbytes
         if section.grads is None:
             continue
-        counts["gradients"] += section.grads.data.nbytes
+        counts["gradients"] += section.grads.data.nbytes if section not in passing else 0
         masters = list(section.masters.values()) if section.main is None else [section.main.data]
         lies_apart = section.main is None or not section.main.shares_memory_with(section.weights)
         is_aux = kind == "Muon" and section.granularity is Granularity.ELEMENT  # which AdamW steps
