@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import zerolith
@@ -314,6 +315,10 @@ def read_the_optimizer(engine: Any, folder: Path) -> None:
     engine.optimizer.state_dict()
 
 
+def decide_by_hand(engine: Any, folder: Path) -> None:
+    engine.set_gradient_accumulation_boundary(False)
+
+
 def gather(engine: Any, folder: Path) -> None:
     if engine.zero_optimization_stage() < 3:
         raise UsageError("call step() first")
@@ -327,7 +332,7 @@ def lend(engine: Any, folder: Path) -> None:
 
 BETWEEN = [
     evaluate, call_the_module, another_backward, save, drop_gradients, read_a_master, read_a_gradient,
-    read_a_state_dict, read_the_optimizer, gather, lend,
+    read_a_state_dict, read_the_optimizer, decide_by_hand, gather, lend,
 ]  # fmt: skip
 
 
@@ -537,6 +542,7 @@ def test_the_end_of_an_engine_between_backward_and_step(tmp_path: Path) -> None:
         ({"gradient_clipping": 1.0}, "set gradient_clipping to 0"),
         ({"fp16": {"enabled": True}}, "the loss scale of float16"),
         ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "the loss scale of float16"),
+        ({"managed_gradient_accumulation": False}, "which backward is a step's last"),
         ({"integrity_interval": 5}, "what integrity_interval compares"),
         ({"stage": 0}, "choose stage 1, 2 or 3"),
     ],
@@ -548,3 +554,198 @@ def test_what_cannot_be_is_refused(change: dict[str, Any], words: str, tmp_path:
     with pytest.raises(ConfigError, match=words) as caught:
         zerolith.config.load_config(config)
     assert 'zero_optimization.offload_optimizer.overlap: "backward"' in str(caught.value)
+
+
+class Partly(nn.Module):
+    """A stack of layers, of which `without_bias` do not use their bias for now."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(64, 64) / 8), nn.Parameter(torch.zeros(64))
+            self.without_bias = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = nn.functional.linear(x, self.weight)
+            return y if self.without_bias else y + self.bias
+
+    def __init__(self, *without_bias: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(self.Layer() for _ in range(6))
+        for number in without_bias:
+            self.layers[number].without_bias = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x.square().mean()
+
+
+def start_partly(overlap: str, folder: Path, *without_bias: int, **more: Any) -> Any:
+    config = config_for(overlap, folder, gradient_accumulation_steps=1, **more)
+    config["zero_optimization"]["reduce_bucket_size"] = 10**6
+    return zerolith.initialize(model=Partly(*without_bias), config=config)[0]
+
+
+X = torch.ones(4, 64)
+
+
+def test_the_thread_is_alone_with_what_it_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces are cut, and the client's optimizer steps, while no section is being updated."""
+    under_way = [0]
+    update, hand_over = PartitionedOptimizer._update_one, PartitionedOptimizer._hand_over
+    together = PartitionedOptimizer._step_together
+
+    def slowly(*args: Any) -> None:
+        under_way[0] += 1
+        time.sleep(0.02)
+        update(*args)
+        under_way[0] -= 1
+
+    def alone(*args: Any) -> None:
+        assert not under_way[0]
+        hand_over(*args)
+
+    def step(optimizer: PartitionedOptimizer, used: Any, inner: Any, factor: float) -> None:
+        assert inner is not optimizer.inner or not under_way[0]
+        together(optimizer, used, inner, factor)
+
+    monkeypatch.setattr(PartitionedOptimizer, "_update_one", slowly)
+    monkeypatch.setattr(PartitionedOptimizer, "_hand_over", alone)
+    monkeypatch.setattr(PartitionedOptimizer, "_step_together", step)
+    results = []
+    for overlap in ("backward", "none"):
+        config = config_for(overlap, tmp_path, device="nvme", gradient_accumulation_steps=1)
+        config["zero_optimization"]["reduce_bucket_size"] = 10**6
+        config["zero_optimization"]["offload_optimizer"]["ratio"] = 0.83
+        engine = zerolith.initialize(model=Partly(), config=config)[0]
+        for number in range(5):
+            engine.module.layers[0].without_bias = number == 2
+            engine.backward(engine(X))
+            engine.step()
+        results.append((whole_weights(engine), whole_masters(engine)))
+        engine.destroy()
+    assert_same(*results)
+
+
+def test_nothing_is_brought_for_an_update_that_was_made(tmp_path: Path) -> None:
+    engine = start("backward", tmp_path, device="nvme", **BF16)
+    train_on(engine, DATA)
+    engine._partitioned._behind.settle_all()
+    assert not engine._partitioned.residency._reads
+    engine.destroy()
+
+
+@pytest.mark.parametrize("overlap", ["none", "backward"])
+def test_masters_are_made_from_the_weights_as_they_are_when_used(overlap: str, tmp_path: Path) -> None:
+    engine = start(overlap, tmp_path, device="none", bf16={"enabled": True, "split_master": True})
+    train_on(engine, DATA[:3])
+    engine._partitioned._behind.settle_all()
+    assert not engine._partitioned.residency._reads
+    engine.destroy()
+
+
+def test_ranks_that_began_different_sections_learn_the_same(tmp_path: Path) -> None:
+    def body() -> None:
+        unused = range(6) if dist.get_rank() else ()
+        engine = start_partly("backward", tmp_path, *unused)
+        engine.backward(engine(X))
+        assert bool(engine._partitioned.ahead.begun) == (engine.global_rank == 0)
+        change_the_rate(engine)
+        with pytest.raises(UsageError, match="learning rate"):
+            engine.step()
+        engine.reset()
+        with pytest.raises(UsageError, match="load a checkpoint"):
+            engine(X)
+
+    run_ranks(2, body)
+
+
+def test_a_backward_that_fails_is_a_mixture_on_ranks_that_began_nothing(tmp_path: Path) -> None:
+    def fail(*_: Any) -> None:
+        raise ArithmeticError("in the midst")
+
+    def body() -> None:
+        unused = range(6) if dist.get_rank() else ()
+        engine = start_partly("backward", tmp_path, *unused)
+        engine.module.layers[0].register_full_backward_pre_hook(fail)
+        with pytest.raises(ArithmeticError):
+            engine.backward(engine(X))
+        assert bool(engine._partitioned.ahead.begun) == (engine.global_rank == 0)
+        engine.reset()
+        with pytest.raises(UsageError, match="a backward that had begun to update was given up"):
+            engine(X)
+
+    run_ranks(2, body)
+
+
+def test_late_gradients_are_no_error_where_nothing_began() -> None:
+    """A model that cannot be updated in backward trains on while somebody looks on."""
+
+    def body(overlap: str) -> Any:
+        torch.manual_seed(0)
+        config = unusual_config_for(3, gradient_clipping=0.0)
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "overlap": overlap}
+
+        def watched(model: nn.Module) -> torch.optim.Optimizer:
+            optimizer = sgd(model)
+            optimizer.register_step_post_hook(lambda *_: None)
+            return optimizer
+
+        return train_sharded(CASES["shared, reentrant checkpoints"](), watched, inputs(2), config)
+
+    assert_same(run_ranks(2, body, "backward"), run_ranks(2, body, "none"))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_interrupt_in_a_step_leaves_a_mixture(stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    engine = start("backward", tmp_path, stage=stage, **BF16)
+    engine.save_checkpoint(tmp_path)
+    up_to_step(engine, DATA[0])
+    with monkeypatch.context() as patch:
+        patch.setattr("zerolith.engine.examine", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    with pytest.raises(UsageError, match="load a checkpoint"):
+        engine(DATA[0])
+    engine.load_checkpoint(tmp_path, load_optimizer_states=False)
+    with pytest.raises(UsageError, match="load a checkpoint, optimizer states included"):
+        engine(DATA[0])
+    engine.load_checkpoint(tmp_path)
+    undisturbed = start("none", tmp_path, stage=stage, **BF16)
+    assert_same(train_on(engine, DATA), train_on(undisturbed, DATA))
+    engine.destroy()
+    undisturbed.destroy()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_update_that_fails_ends_all_ranks_before_weights_are_shown(
+    stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = PartitionedOptimizer._update_one, [0]
+
+    def failing(optimizer: PartitionedOptimizer, *more: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 2 and optimizer.comm.rank == 1:
+            raise ArithmeticError("no such number")
+        real(optimizer, *more)
+
+    monkeypatch.setattr(PartitionedOptimizer, "_update_one", failing)
+
+    def body() -> None:
+        engine = start("backward", tmp_path, stage=stage, **BF16)
+        before = {name: param.detach().clone() for name, param in engine.module.named_parameters() if stage == 2}
+        up_to_step(engine, DATA[0])
+        with pytest.raises(OffloadError, match="no such number"):
+            engine.step()
+            engine.backward(engine(DATA[1][:2]))
+        with pytest.raises(UsageError, match="load a checkpoint"):
+            engine(DATA[1][:2])
+        now = dict(engine.module.named_parameters())
+        assert all(torch.equal(value, now[name]) for name, value in before.items())
+
+    run_ranks(2, body)

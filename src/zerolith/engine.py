@@ -183,6 +183,8 @@ class Engine(Lending):
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """Decide it by hand from now on; the same on every rank."""
+        if self._partitioned is not None:
+            self._partitioned.ahead.refuse()
         self._micro.manual = is_boundary
 
     # Step

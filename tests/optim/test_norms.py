@@ -91,7 +91,7 @@ def facts_of(tensors: list[Tensor], *, world: int, bucket: int, whole: bool = Fa
             total = buffer if whole else FlatBuffer(layout, SHARD, buffer.own().data, rank=comm.rank)
             names = [SimpleNamespace(name=f"p{start + index}") for index in range(len(members))]
             section = SimpleNamespace(layout=layout, members=names)
-            sections.append(SimpleNamespace(section=section, sum=total, used=[True] * len(members)))
+            sections.append(SimpleNamespace(section=section, sum=total, used=[True] * len(members), squares=None))
         return examine(sections, comm, fingerprint=True)
 
     return Threads(world).run(body)

@@ -355,6 +355,10 @@ class Config(Section):
             )
         if is_fp16:
             raise ValueError(f'{name}cannot skip a step, as the loss scale of float16 must; use bf16, or "forward"')
+        if not self.managed_gradient_accumulation:
+            raise ValueError(
+                f"{name}must know which backward is a step's last; leave managed_gradient_accumulation true"
+            )
         if self.integrity_interval:
             raise ValueError(f"{name}changes what integrity_interval compares before a step; choose one of the two")
         return self

@@ -11,12 +11,12 @@ publishing whole weights, is left to the step, which does the rest of the update
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from zerolith.comm import Comm
+from zerolith.comm import Comm, agree
 from zerolith.errors import UsageError
 from zerolith.gradients import Gradients
 from zerolith.optim.norms import block_squares
@@ -45,20 +45,22 @@ class Ahead:
         self._checks = checks
         self._waiting: list[Gradients] = []  # whose weights are whole still: the root's, until backward ends
         self._options: Options = []  # when the backward began
-        self._is_armed = False  # whether a backward completes the step's gradients
+        self.is_armed = False  # from a backward that completes the step's gradients to the end of the step
+        self._is_open = False  # the step is being made: it may look at everything
         self._is_stopped = False  # a gradient was not finite
-        self._is_due = False  # the step is
 
     def backward_begins(self, *, is_last: bool) -> None:
-        """Get ready if it completes the gradients of a step."""
-        self._is_armed = self._is_due = is_last and bool(self.eligible) and self._may_begin()
-        self._is_stopped = False
+        """Get ready if it completes the gradients of a step. Raises UsageError if a step is due."""
+        if self.is_armed:
+            _refuse()
+        self.is_armed = is_last and bool(self.eligible) and self._may_begin()
+        self._is_open = self._is_stopped = False
         self._waiting.clear()
-        self._options = self._options_now() if self._is_armed else []
+        self._options = self._options_now() if self.is_armed else []
 
     def summed(self, own: Gradients) -> None:
         """A section's gradient is reduced: begin its update, and those that had to wait, if nothing can be missing."""
-        if not self._is_armed or own not in self.eligible:
+        if not self.is_armed or self._is_open or own not in self.eligible:
             return
         self._waiting.append(own)
         for each in list(self._waiting):
@@ -81,31 +83,34 @@ class Ahead:
 
     def refuse(self) -> None:
         """Raise UsageError between such a backward and its step."""
-        if self._is_due:
-            raise UsageError(
-                "the last backward has begun this step's updates (zero_optimization.offload_optimizer.overlap is "
-                '"backward"), so nothing but step() may follow: call it first'
-            )
+        if self.is_armed and not self._is_open:
+            _refuse()
 
     def step_begins(self) -> None:
-        """Let the step look at everything. Raises UsageError if what it should do is not what was begun."""
-        self._is_armed = self._is_due = False
-        if self.begun and not _equal(self._options, self._options_now()):
-            raise UsageError(
+        """Let the step look at everything. Collective after such a backward.
+
+        Raises UsageError, on all ranks, if what the step should do is not what was begun on one of them.
+        """
+        if not self.is_armed:
+            return
+        self._is_open = True
+        error, edited = None, [own for own in self.begun if not own.section.is_sharded and own.section.edited()]
+        if not _equal(self._options, self._options_now()):
+            error = UsageError(
                 "options of the optimizer, such as its learning rate, were changed between the backward that has begun "
                 "this step's updates and step(): change them before that backward"
             )
-        for own in self.begun:
-            if not own.section.is_sharded and own.section.edited():
-                raise UsageError(
-                    f"weights of {own.section.name} were edited between the backward that has begun this step's "
-                    "updates and step(): edit them before that backward, or after step()"
-                )
+        elif edited:
+            error = UsageError(
+                f"weights of {edited[0].section.name} were edited between the backward that has begun this step's "
+                "updates and step(): edit them before that backward, or after step()"
+            )
+        agree(self._comm, error, doing="a step that backward has begun", kind=UsageError)
 
     def check_late(self, late: Sequence[bool], gradients: Sequence[Gradients]) -> None:
         """Raise UsageError, the same on all ranks, if gradients came after an update may have used the others."""
         for own, is_late in zip(gradients, late, strict=True):
-            if is_late and own in self.eligible:
+            if is_late and self.is_armed and own in self.eligible:
                 raise UsageError(
                     f"a gradient of {own.section.name} came when it had been updated: a parameter is used outside of "
                     "its module, or in two parts of a reentrant checkpoint. Set zero_optimization.offload_optimizer."
@@ -113,20 +118,36 @@ class Ahead:
                 )
 
     def check_skip(self, culprit: str) -> None:
-        """A step is about to be skipped: raise UsageError on all ranks if one has updated something. Collective."""
-        if self.eligible and self._comm.max([float(bool(self.begun))], name="updates in backward")[0] > 0:
+        """A step is about to be skipped: raise UsageError on all ranks if one has updated something. Collective then.
+
+        It is over otherwise.
+        """
+        if self.has_begun_anywhere():
             raise UsageError(
                 f"the gradient of {culprit} is not finite, and others have been used already, in backward; go on from "
                 'a checkpoint, with zero_optimization.offload_optimizer.overlap "forward" to have such steps skipped'
             )
+        self.end()
+
+    def has_begun_anywhere(self) -> bool:
+        """Whether any rank has begun updates of the step under way. Collective, if there can be any."""
+        flag = float(bool(self.begun))
+        return bool(self.eligible) and self._comm.max([flag], name="updates in backward")[0] > 0
 
     def end(self) -> bool:
         """The step is over, or given up; returns whether this rank had begun any update of it."""
         begun, self.begun = self.begun, []
-        self._is_armed = self._is_due = False
+        self.is_armed = self._is_open = False
         for own in begun:
             own.section.is_ahead = False
         return bool(begun)
+
+
+def _refuse() -> NoReturn:
+    raise UsageError(
+        "the last backward has begun this step's updates (zero_optimization.offload_optimizer.overlap is "
+        '"backward"), so nothing but step() may follow: call it first'
+    )
 
 
 def _has_elements(own: Gradients, rank: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -20,6 +21,8 @@ from zerolith.optim.behind import Behind, alike, can_run_ahead, can_run_behind, 
 from zerolith.optim.holdings import Holdings
 from zerolith.optim.one_pass import OnePass
 from zerolith.section import Section
+
+logger = logging.getLogger("zerolith")
 
 MOST_AHEAD = 2  # sections whose gradients wait for their updates in backward
 
@@ -80,10 +83,10 @@ class PartitionedOptimizer(Holdings):
         behind = [own for own in self.gradients if own.runs_behind and not is_watched]
         swapped = [own for own in self.gradients if self.residency.swaps(own) and own not in behind]
         here = [own for own in self.gradients if own not in behind and own not in swapped]
-        error = self._cut_by_use(flags_of)  # after which, if there is one, nothing is swapped on this rank
         left = {own: flags for own, flags in flags_of.items() if own not in self.ahead.begun}
-        if self.ahead.begun and not left.keys().isdisjoint([*here, *swapped]):
-            self._behind.settle_all()  # `inner` has the same tensors
+        if self.ahead.begun and (not left.keys().isdisjoint([*here, *swapped]) or self._is_to_cut(left)):
+            self._behind.settle_all()  # what it steps is in the groups of `inner`, too
+        error = self._cut_by_use(left)  # after which, if there is one, nothing is swapped on this rank
         if here or behind:
             self._step_here({own: left[own] for own in here if own in left}, grad_factor)
             self._publish_here(here, publish)
@@ -119,15 +122,17 @@ class PartitionedOptimizer(Holdings):
 
         Does not communicate, and leaves what went wrong to `catch_up`. Raises UsageError if a step is due.
         """
-        self.ahead.refuse()
         self._behind.settle_all()
         self.ahead.backward_begins(is_last=is_last)
 
     def give_up(self) -> bool:
-        """Wait for all updates, and forget a step that began some in backward; returns whether there was one."""
+        """Wait for all updates, and forget a step that began some in backward; returns whether a rank had one.
+
+        Collective, if updates may begin there.
+        """
         self._behind.settle_all()
-        has_begun = self.ahead.end()
-        if has_begun:
+        has_begun = self.ahead.has_begun_anywhere()
+        if self.ahead.end():
             self._behind.take_error()
         return has_begun
 
@@ -137,6 +142,9 @@ class PartitionedOptimizer(Holdings):
                 "this optimizer's step() would see no gradients: call engine.step(), or step() of the optimizer that "
                 "initialize returned"
             )
+
+    def _is_to_cut(self, used: Mapping[Gradients, Sequence[bool]]) -> bool:
+        return any(piece.mixes(flags) for own, flags in used.items() for piece in self.pieces[own])
 
     def _cut_by_use(self, used: Mapping[Gradients, Sequence[bool]]) -> OffloadError | None:
         """Cut pieces of which only some parameters had a gradient; after an error, which is returned, all are here."""
@@ -164,7 +172,7 @@ class PartitionedOptimizer(Holdings):
             is_stepped = False
             try:
                 with self.residency.resident(own):
-                    self.residency.prefetch(after)
+                    self._prefetch(after)
                     self._step_together({own: flags}, self.inner, grad_factor)
                     publish([own.section])
                     is_stepped = True
@@ -196,7 +204,8 @@ class PartitionedOptimizer(Holdings):
         )
 
     def _begin_ahead(self, own: Gradients, options: list[dict[str, Any]], grad_factor: float) -> None:
-        after = next(iter(self.gradients[self.gradients.index(own) + 1 :]), None)  # in backward, most of the time
+        following = self.gradients[self.gradients.index(own) + 1 :]  # in backward, most of the time
+        after = next((each for each in following if each not in self.ahead.begun), None)
         flags = [True] * len(own.used)
         self._behind.wait_for_room(MOST_AHEAD)
         self._behind.start({own: partial(self._update_one, own, flags, after, options, grad_factor)})
@@ -216,7 +225,7 @@ class PartitionedOptimizer(Holdings):
         try:
             with self.residency.resident(own):
                 if after is not None:
-                    self.residency.prefetch(after)
+                    self._prefetch(after)
                 self._step_together({own: flags}, alike(self.inner, options, params), grad_factor)
                 if own.section.is_sharded:
                     own.section.start_publish().wait()
@@ -225,15 +234,20 @@ class PartitionedOptimizer(Holdings):
             self.residency.abandon()
             raise
 
+    def _prefetch(self, own: Gradients) -> None:
+        if self.split_masters is None:  # else they are made at once, from weights that may change until they are used
+            self.residency.prefetch(own)
+
     def _step_here(self, used: Mapping[Gradients, Sequence[bool]], grad_factor: float) -> None:
         if used or not self.ahead.begun:  # else its tensors are being stepped
             self._step_together(used, self.inner, grad_factor)
 
     def _publish_here(self, here: Sequence[Gradients], publish: Callable[[Sequence[Section]], None]) -> None:
         """Bring what is stepped in memory to the weights, unless that was done in backward. Collective."""
-        for own in here:
-            if own in self.ahead.begun and not own.section.is_sharded:
+        if self.ahead.is_armed and any(not own.section.is_sharded for own in self.ahead.eligible):
+            for own in self.ahead.begun:
                 self._behind.settle(own)
+            agree(self.comm, self._behind.take_error(), doing="an update in backward", kind=OffloadError)
         publish([own.section for own in here if not (own.section.is_sharded and own in self.ahead.begun)])
 
     def _resident(self, own: Gradients) -> AbstractContextManager[None]:
@@ -287,5 +301,6 @@ class PartitionedOptimizer(Holdings):
         """Give the optimizer back as it came: over the client's tensors, without state."""
         self._own_hook.remove()
         self._behind.close()
-        self.ahead.end()
+        if self.ahead.end():
+            logger.error("a backward had begun to update and no step() came: weights are those of two steps")
         super().let_go()
