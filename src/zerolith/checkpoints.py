@@ -275,9 +275,9 @@ class Checkpoints(Batches):
                 self._micro.resumed(counters)  # raises, on every rank, before anything has changed
             self._sharded.reset()
             self._micro.drop()
-            before, self._mixture = self._mixture, f"loading {home} failed half-way"
+            self._mixture = f"loading {home} failed half-way"
             client_state = restore(run, reader, wants, names)
-            self._mixture = "" if wants.optimizer or self._partitioned is None else before
+            self._mixture = ""
         if wants.progress:
             self._resume_counters(counters, has_gradients=wants.optimizer and self._partitioned is not None)
         if self.optimizer is not None:
@@ -309,8 +309,7 @@ class Checkpoints(Batches):
             )
         if self._mixture:
             raise UsageError(
-                f"{self._mixture}, so weights and states are a mixture; load a checkpoint, optimizer states included, "
-                "or make a new engine"
+                f"{self._mixture}, so weights and states are a mixture; load a checkpoint or make a new engine"
             )
         if self._partitioned is not None and not to_step:
             self._partitioned.ahead.refuse()

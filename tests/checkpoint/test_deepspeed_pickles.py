@@ -151,6 +151,10 @@ def test_files_without_checksums_are_read(tmp_path: Path) -> None:
 class Stage(enum.IntEnum):
     TWO = 2
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As Python itself does it, but for 3.11.0 to 3.11.3."""
+        return type(self), (self.value,)
+
 
 class Scaler:
     def __init__(self) -> None:

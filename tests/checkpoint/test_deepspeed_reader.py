@@ -17,6 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import Tensor
 
+from saved_runs import unpack
 from zerolith.checkpoint.deepspeed import DeepSpeedCheckpoint, Unknown, read_deepspeed, read_torch_file
 from zerolith.checkpoint.deepspeed.plain import load_tensors, meaning
 from zerolith.errors import CheckpointDamagedError, CheckpointError
@@ -32,8 +33,7 @@ OPTIMIZER = "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All cases, unpacked. Not to be changed."""
     folder = tmp_path_factory.mktemp("deepspeed")
-    with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(folder, filter="data")
+    unpack(ARCHIVE, folder)
     return folder
 
 

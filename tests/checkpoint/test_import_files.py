@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 
 import zerolith
 from harness import run_ranks
+from saved_runs import unpack
 from zerolith.checkpoint import Reader, import_deepspeed
 from zerolith.cli import main
 from zerolith.errors import CheckpointDamagedError
@@ -27,8 +27,7 @@ CASES = ["z0-2-sgd", "z1-3-fp32", "z2-2-fp16", "z2-2-bf16-universal", "z3-2-fp32
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of DeepSpeed's for each case, with the truth about it."""
     folder = tmp_path_factory.mktemp("deepspeed")
-    with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(folder, filter="data")
+    unpack(ARCHIVE, folder)
     return folder
 
 
