@@ -26,7 +26,7 @@ from torch import Tensor
 from torch_zip import STORAGE, records_of, rewrite, tensor_pickle, write_zip
 from zerolith.checkpoint.deepspeed import StoredTensor, Symbol, Unknown, read_torch_file, unpickle
 from zerolith.checkpoint.deepspeed.archive import MAX_DIRECTORY_BYTES, open_archive
-from zerolith.checkpoint.deepspeed.plain import as_json, load_tensors
+from zerolith.checkpoint.deepspeed.plain import as_json, load_tensors, meaning
 from zerolith.errors import CheckpointDamagedError, CheckpointError
 
 PROTOCOLS = (2, 3, 4, 5)
@@ -174,6 +174,26 @@ def test_objects_of_classes_are_records_that_can_be_looked_into(tmp_path: Path) 
     assert as_json(found) == {
         "stage": 2, "scaler": f"<{__name__}.Scaler>", "lists": {"1": [2]}, "counts": {"a": 2, "b": 1},
     }  # fmt: skip
+
+
+class ZeroStageEnum(enum.IntEnum):
+    gradients = 2
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As Python 3.11.0 to 3.11.3 do it."""
+        return getattr, (type(self), self.name)
+
+
+class Colour(enum.IntEnum):
+    RED = 7
+    __reduce_ex__ = ZeroStageEnum.__reduce_ex__
+
+
+def test_members_of_enums_that_were_pickled_by_name(tmp_path: Path) -> None:
+    torch.save({"stage": ZeroStageEnum.gradients, "colour": Colour.RED}, tmp_path / "enums.pt")
+    found = read_torch_file(tmp_path / "enums.pt")
+    assert meaning(found["stage"]) == 2
+    assert as_json(found) == {"stage": 2, "colour": "RED"}
 
 
 # --- nothing runs -----------------------------------------------------------------------------------

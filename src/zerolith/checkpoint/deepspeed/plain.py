@@ -14,6 +14,8 @@ from zerolith.errors import CheckpointDamagedError
 
 LIMIT_FACTOR = 4  # views that overlap may take so many times what their storages take
 NUMBERS = (bool, int, float)
+BY_NAME = Symbol("builtins", "getattr")  # what Python 3.11.0 to 3.11.3 call with an enum and the name of a member
+STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}  # DeepSpeed's, by name
 
 
 def load_tensors(value: Any, *, where: Path) -> Any:
@@ -73,9 +75,14 @@ def as_json(value: Any) -> Any:
 
 
 def meaning(value: Any) -> Any:
-    """The number or text that an enum's member stands for; anything else as it is."""
-    if isinstance(value, Unknown) and len(value.args) == 1 and isinstance(value.args[0], (*NUMBERS, str)):
+    """The number or text that an enum's member stands for, or its name; anything else as it is."""
+    if not isinstance(value, Unknown):
+        return value
+    if len(value.args) == 1 and isinstance(value.args[0], (*NUMBERS, str)):
         return value.args[0]
+    if value.callee == BY_NAME and len(value.args) == 2 and isinstance(value.args[0], Symbol):
+        kind, name = value.args
+        return STAGES.get(name, name) if kind.name == "ZeroStageEnum" and isinstance(name, str) else name
     return value
 
 
