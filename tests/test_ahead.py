@@ -21,37 +21,18 @@ from models import (
     make_gpt,
     my_pieces,
     sgd,
-    token_batches,
     train_on,
     whole_masters,
     whole_weights,
-    zero_config,
 )
-from plain import world_size
+from overlapping import DATA, PATIENCE_S, config_for, start
 from unusual import CASES, config_for as unusual_config_for, inputs, train_sharded
 from zerolith.errors import ConfigError, OffloadError, UsageError
 from zerolith.optim import PartitionedOptimizer
 from zerolith.zero import safe_get_full_fp32_param, safe_get_full_grad
 
 USED_IN_PARTS = ("gradient penalty first", "shared, reentrant checkpoints")  # in more than one backward of a step
-DATA = token_batches(6, 8)
-PATIENCE_S = 30.0
 BF16 = {"bf16": {"enabled": True}}
-
-
-def config_for(overlap: str, folder: Path, *, stage: int = 3, device: str = "cpu", **more: Any) -> dict[str, Any]:
-    offload = {"device": device, "overlap": overlap, **({"nvme_path": str(folder)} if device == "nvme" else {})}
-    config = {
-        "train_micro_batch_size_per_gpu": 8 // world_size() // 2,
-        "gradient_accumulation_steps": 2,
-        "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-2, "warmup_num_steps": 4}},
-    }
-    zero = {"offload_optimizer": offload, "reduce_bucket_size": 4000}
-    return zero_config(stage, zero_optimization=zero, **{**config, **more})
-
-
-def start(overlap: str, folder: Path, **more: Any) -> Any:
-    return zerolith.initialize(model=make_gpt(), config=config_for(overlap, folder, **more))[0]
 
 
 def up_to_step(engine: Any, batch: Tensor) -> None:

@@ -10,6 +10,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,11 @@ from models import (
     assert_same,
     make_gpt,
     sgd,
-    token_batches,
     train_on,
     whole_masters,
     whole_weights,
-    zero_config,
 )
-from plain import world_size
+from overlapping import DATA, PATIENCE_S, config_for as config_without_clipping, start as start_without_clipping
 from unusual import CASES, config_for as unusual_config_for, inputs, train_sharded
 from zerolith.errors import OffloadError, UsageError
 from zerolith.optim import PartitionedOptimizer
@@ -42,24 +41,8 @@ from zerolith.zero import (
     safe_set_full_fp32_param,
 )
 
-DATA = token_batches(6, 8)
-PATIENCE_S = 30.0
-
-
-def config_for(overlap: str, folder: Path, *, device: str = "cpu", **more: Any) -> dict[str, Any]:
-    offload = {"device": device, "overlap": overlap, **({"nvme_path": str(folder)} if device == "nvme" else {})}
-    zero = {"offload_optimizer": offload, "reduce_bucket_size": 4000}
-    config = {
-        "train_micro_batch_size_per_gpu": 8 // world_size() // 2,
-        "gradient_accumulation_steps": 2,
-        "gradient_clipping": 0.5,
-        "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-2, "warmup_num_steps": 4}},
-    }
-    return zero_config(3, zero_optimization=zero, **{**config, **more})
-
-
-def start(overlap: str, folder: Path, **more: Any) -> Any:
-    return zerolith.initialize(model=make_gpt(), config=config_for(overlap, folder, **more))[0]
+config_for = partial(config_without_clipping, gradient_clipping=0.5)
+start = partial(start_without_clipping, gradient_clipping=0.5)
 
 
 class Slow:
@@ -543,3 +526,21 @@ def test_stages_whose_weights_are_seen_are_stepped_in_step(tmp_path: Path, laggi
         engine = zerolith.initialize(model=make_gpt(), config=config)[0]
         train_on(engine, DATA[:2])
         assert not lagging.seen
+
+
+def test_an_interrupt_while_waiting_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    results = []
+    for overlap in ("forward", "none"):
+        engine = start(overlap, tmp_path)
+        losses = train_on(engine, DATA[:1])
+        if overlap == "forward":
+            with monkeypatch.context() as patch:
+                patch.setattr("zerolith.optim.behind.Behind.settle_all", interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    engine.save_checkpoint(tmp_path / "never")
+        results.append((losses + train_on(engine, DATA[1:]), whole_weights(engine)))
+        engine.destroy()
+    assert_same(*results)

@@ -40,6 +40,7 @@ from zerolith.memory.away import Away
 from zerolith.optim import PartitionedOptimizer
 
 WEIGHTS = "lp_params"  # the weights that compute, as offload_states knows them
+HALF_WAY = "the last step failed half-way"
 
 logger = logging.getLogger("zerolith")
 
@@ -311,14 +312,22 @@ class Checkpoints(Batches):
             raise UsageError(
                 f"{self._mixture}, so weights and states are a mixture; load a checkpoint or make a new engine"
             )
-        if self._partitioned is not None and not to_step:
-            self._partitioned.ahead.refuse()
+        if not to_step:
+            self._refuse_ahead()
 
     def _catch_up(self) -> None:
         """Let the last step come to its end. Collective, once after each. Raises OffloadError on every rank."""
         if self._partitioned is not None:
-            with self._or_mixture():
+            try:
                 self._partitioned.catch_up()
+            except Exception:  # not an interrupt: whoever waits on goes on
+                self._mixture = HALF_WAY
+                raise
+
+    def _refuse_ahead(self) -> None:
+        """Raise UsageError where nothing but step() may follow the last backward."""
+        if self._partitioned is not None:
+            self._partitioned.ahead.refuse()
 
     def _give_up_ahead(self) -> None:
         """Let updates come to their end; a step that began some in backward is not made."""
@@ -331,8 +340,8 @@ class Checkpoints(Batches):
         try:
             yield
         except BaseException:  # an interrupt, too
-            if not if_ahead or (self._partitioned is not None and self._partitioned.ahead.is_armed):
-                self._mixture = "the last step failed half-way"
+            if not if_ahead or (self._partitioned is not None and self._partitioned.ahead.is_under_way):
+                self._mixture = HALF_WAY
             raise
 
     def _check_here(self, *kinds: str) -> None:

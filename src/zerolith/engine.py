@@ -183,8 +183,7 @@ class Engine(Lending):
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """Decide it by hand from now on; the same on every rank."""
-        if self._partitioned is not None:
-            self._partitioned.ahead.refuse()
+        self._refuse_ahead()
         self._micro.manual = is_boundary
 
     # Step
@@ -267,8 +266,7 @@ class Engine(Lending):
         """Drop what has been accumulated since the last step. step() does so by itself."""
         self._check_alive()
         if not self._in_backward and self._micro.since_step:
-            if self._partitioned is not None:
-                self._partitioned.ahead.refuse()
+            self._refuse_ahead()
             self._sharded.reducer.reset()
             self._micro.drop()
 

@@ -11,6 +11,7 @@ publishing whole weights, is left to the step, which does the rest of the update
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
 from typing import Any, NoReturn
 
 import torch
@@ -22,6 +23,15 @@ from zerolith.gradients import Gradients
 from zerolith.optim.norms import block_squares
 
 Options = list[dict[str, Any]]  # of each param group
+
+
+class _Phase(Enum):
+    """Where a step is whose updates begin in backward. The same on all ranks, but for STOPPED."""
+
+    IDLE = "no such step is under way"
+    BEGINNING = "its last backward has begun, and step() has not"
+    STOPPED = "the same, and a gradient was not finite: no more updates begin"
+    STEPPING = "step() is under way: it may look at everything"
 
 
 class Ahead:
@@ -38,29 +48,31 @@ class Ahead:
         may_begin: Callable[[], bool],
         checks: bool,  # whether a step is skipped if a gradient is not finite
     ) -> None:
-        self.eligible = list(eligible)
-        self.begun: list[Gradients] = []  # by this rank
+        self.eligible = dict.fromkeys(eligible)
+        self.begun: dict[Gradients, None] = {}  # by this rank
         self._comm = comm
         self._begin, self._options_now, self._terms, self._may_begin = begin, options, terms, may_begin
         self._checks = checks
         self._waiting: list[Gradients] = []  # whose weights are whole still: the root's, until backward ends
         self._options: Options = []  # when the backward began
-        self.is_armed = False  # from a backward that completes the step's gradients to the end of the step
-        self._is_open = False  # the step is being made: it may look at everything
-        self._is_stopped = False  # a gradient was not finite
+        self._phase = _Phase.IDLE
+
+    @property
+    def is_under_way(self) -> bool:
+        """From a backward that completes a step's gradients, and begins its updates, to the step's end."""
+        return self._phase is not _Phase.IDLE
 
     def backward_begins(self, *, is_last: bool) -> None:
         """Get ready if it completes the gradients of a step. Raises UsageError if a step is due."""
-        if self.is_armed:
+        if self.is_under_way:
             _refuse()
-        self.is_armed = is_last and bool(self.eligible) and self._may_begin()
-        self._is_open = self._is_stopped = False
-        self._waiting.clear()
-        self._options = self._options_now() if self.is_armed else []
+        if is_last and self.eligible and self._may_begin():
+            self._phase = _Phase.BEGINNING
+            self._options = self._options_now()
 
     def summed(self, own: Gradients) -> None:
         """A section's gradient is reduced: begin its update, and those that had to wait, if nothing can be missing."""
-        if not self.is_armed or self._is_open or own not in self.eligible:
+        if self._phase is not _Phase.BEGINNING or own not in self.eligible:
             return
         self._waiting.append(own)
         for each in list(self._waiting):
@@ -69,21 +81,26 @@ class Ahead:
                 self._begin_if_complete(each)
 
     def _begin_if_complete(self, own: Gradients) -> None:
-        if self._is_stopped or own.term is not None or not all(own.used) or not _has_elements(own, self._comm.rank):
+        if (
+            self._phase is _Phase.STOPPED
+            or own.term is not None
+            or not all(own.used)
+            or not _has_elements(own, self._comm.rank)
+        ):
             return
         squares = block_squares(own)
         if self._checks and not torch.isfinite(squares).all():
-            self._is_stopped = True  # in backward all that comes after it is not finite either, most of the time
+            self._phase = _Phase.STOPPED  # in backward all that comes after it is not finite either, most of the time
             return
         if own.section.edited():
             own.section.adopt_edits()
         own.squares, own.section.is_ahead = squares, True
-        self.begun.append(own)
+        self.begun[own] = None
         self._begin(own, self._options, 1.0 / self._terms())
 
     def refuse(self) -> None:
         """Raise UsageError between such a backward and its step."""
-        if self.is_armed and not self._is_open:
+        if self._phase in (_Phase.BEGINNING, _Phase.STOPPED):
             _refuse()
 
     def step_begins(self) -> None:
@@ -91,9 +108,9 @@ class Ahead:
 
         Raises UsageError, on all ranks, if what the step should do is not what was begun on one of them.
         """
-        if not self.is_armed:
+        if not self.is_under_way:
             return
-        self._is_open = True
+        self._phase = _Phase.STEPPING
         error, edited = None, [own for own in self.begun if not own.section.is_sharded and own.section.edited()]
         if not _equal(self._options, self._options_now()):
             error = UsageError(
@@ -110,7 +127,7 @@ class Ahead:
     def check_late(self, late: Sequence[bool], gradients: Sequence[Gradients]) -> None:
         """Raise UsageError, the same on all ranks, if gradients came after an update may have used the others."""
         for own, is_late in zip(gradients, late, strict=True):
-            if is_late and self.is_armed and own in self.eligible:
+            if is_late and self.is_under_way and own in self.eligible:
                 raise UsageError(
                     f"a gradient of {own.section.name} came when it had been updated: a parameter is used outside of "
                     "its module, or in two parts of a reentrant checkpoint. Set zero_optimization.offload_optimizer."
@@ -136,8 +153,9 @@ class Ahead:
 
     def end(self) -> bool:
         """The step is over, or given up; returns whether this rank had begun any update of it."""
-        begun, self.begun = self.begun, []
-        self.is_armed = self._is_open = False
+        begun, self.begun = self.begun, {}
+        self._phase = _Phase.IDLE
+        self._waiting.clear()
         for own in begun:
             own.section.is_ahead = False
         return bool(begun)

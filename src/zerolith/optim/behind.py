@@ -135,7 +135,7 @@ def can_run_behind(inner: Optimizer, own: Gradients) -> bool:
     """Whether `inner` may step a section while others compute: nobody can see its weights before they are new."""
     section = own.section
     is_offloaded = section.is_offloaded and section.plan.master_device is not None
-    return is_offloaded and section.is_sharded and _steps_alone(inner, own)
+    return is_offloaded and section.is_sharded and section.main is not None and _steps_alone(inner, own)
 
 
 def can_run_ahead(inner: Optimizer, own: Gradients, *, is_swapped: bool) -> bool:
@@ -149,7 +149,7 @@ def can_run_ahead(inner: Optimizer, own: Gradients, *, is_swapped: bool) -> bool
 def _steps_alone(inner: Optimizer, own: Gradients) -> bool:
     """Whether a section may be stepped apart from others, by an object that is not `inner` but like it."""
     is_known = type(inner).__module__.partition(".")[0] in KNOWN
-    return is_known and own.section.main is not None and own.section.granularity is Granularity.ELEMENT
+    return is_known and own.section.granularity is Granularity.ELEMENT
 
 
 def has_hooks(inner: Optimizer, *, but: Any) -> bool:

@@ -63,7 +63,8 @@ class ZeroOptimizer(Optimizer):
         """Learn how the engine's step went."""
         self.overflow, self.loss_scale = skipped, loss_scale
         # Where a scheduler looks for whether it comes after a step, as torch wants it to; ours may not be step()'s.
-        self._opt_called = True
+        for optimizer in (self, self.optimizer):
+            vars(optimizer)["_opt_called"] = True
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the optimizer's state, in torch's form. Raises UsageError if states are on disk."""

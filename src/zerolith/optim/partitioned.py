@@ -80,11 +80,11 @@ class PartitionedOptimizer(Holdings):
         self._check_groups()
         flags_of = dict(zip(self.gradients, used, strict=True))
         is_watched = has_hooks(self.inner, but=self._own_hook)  # who looks on wants to see gradients and the result
-        behind = [own for own in self.gradients if own.runs_behind and not is_watched]
-        swapped = [own for own in self.gradients if self.residency.swaps(own) and own not in behind]
+        behind = dict.fromkeys(own for own in self.gradients if own.runs_behind and not is_watched)
+        swapped = dict.fromkeys(own for own in self.gradients if self.residency.swaps(own) and own not in behind)
         here = [own for own in self.gradients if own not in behind and own not in swapped]
         left = {own: flags for own, flags in flags_of.items() if own not in self.ahead.begun}
-        if self.ahead.begun and (not left.keys().isdisjoint([*here, *swapped]) or self._is_to_cut(left)):
+        if self.ahead.begun and (left.keys() - behind.keys() or self._is_to_cut(left)):
             self._behind.settle_all()  # what it steps is in the groups of `inner`, too
         error = self._cut_by_use(left)  # after which, if there is one, nothing is swapped on this rank
         if here or behind:
@@ -92,13 +92,12 @@ class PartitionedOptimizer(Holdings):
             self._publish_here(here, publish)
         if swapped:
             self._step_in_turn({own: left[own] for own in swapped if own in left}, publish, grad_factor, error)
-        if behind or self.ahead.eligible:
-            self._is_behind = True
+        early = [own for own in self.ahead.eligible if self.ahead.is_under_way and own.section.is_sharded]
+        for own in (*behind, *early):
+            own.section.is_behind = self._is_behind = True
+        if behind:
             self._step_behind({own: left[own] for own in behind if own in left}, grad_factor, error)
-        for own in [*behind, *self.ahead.eligible]:
-            own.section.is_behind = own.section.is_sharded
-        if self.ahead.end():
-            vars(self.inner)["_opt_called"] = True  # what schedulers look for; nothing else may have stepped it
+        self.ahead.end()
 
     def catch_up(self) -> None:
         """Wait for updates that run behind. Collective, if a step has begun any since the last time.
@@ -244,7 +243,7 @@ class PartitionedOptimizer(Holdings):
 
     def _publish_here(self, here: Sequence[Gradients], publish: Callable[[Sequence[Section]], None]) -> None:
         """Bring what is stepped in memory to the weights, unless that was done in backward. Collective."""
-        if self.ahead.is_armed and any(not own.section.is_sharded for own in self.ahead.eligible):
+        if self.ahead.is_under_way and any(not own.section.is_sharded for own in self.ahead.eligible):
             for own in self.ahead.begun:
                 self._behind.settle(own)
             agree(self.comm, self._behind.take_error(), doing="an update in backward", kind=OffloadError)
