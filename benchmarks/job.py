@@ -23,6 +23,7 @@ SIZES = {
     "125m": Shape(layers=12, width=768, heads=12, vocab=50304, positions=1024),
 }
 DTYPES = ("fp32", "bf16")
+PRODUCTS = ("native", "fp32")
 
 # Spelled out for every engine: their own defaults differ (torch decays by 0.01, DeepSpeed by 0).
 BETAS = (0.9, 0.999)
@@ -42,6 +43,7 @@ class Job:
     seq: int = 128
     seed: int = 0
     lr: float = 5e-5
+    products: str = "native"  # or fp32: how bf16 matrices are multiplied, see bf16_products
 
     def __post_init__(self) -> None:
         if self.size not in SIZES:

@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.bf16_products import Fp32Products
 from benchmarks.engines import ENGINES, Adapter, Engine
 from benchmarks.gpt import build_model, make_batch
 from benchmarks.job import Job
@@ -53,6 +54,7 @@ class Rank:
         self.device = choose_device(job.device)
         self.step_count = 0
         self.engine: Engine
+        self._products = Fp32Products() if job.products == "fp32" else None
 
     def start(self) -> dict[str, object]:
         """Imports the library, meets the other ranks, builds the engine. Collective."""
@@ -107,6 +109,7 @@ class Rank:
         batch = make_batch(self.job, step=self.step_count, rank=self.rank)
         x, y = batch.x.to(self.device), batch.y.to(self.device)
         clock = Clock(self.device)
+        products_s = self._products.seconds if self._products else 0.0
         self._synchronize()
         begin, cpu, process = time.perf_counter(), time.thread_time(), time.process_time()
         clock.mark()
@@ -124,6 +127,7 @@ class Rank:
         )
         self.step_count += 1
         forward_ms, backward_ms, step_ms = clock.spans_ms()
+        counted = {"products_ms": 1e3 * (self._products.seconds - products_s)} if self._products else {}
         return {
             "wall_ms": 1e3 * wall,
             "forward_ms": forward_ms,
@@ -132,6 +136,7 @@ class Rank:
             "cpu_ms": 1e3 * cpu,  # main thread
             "other_threads_ms": 1e3 * (process - cpu),  # gloo; autograd on CUDA
             "loss": float(loss),
+            **counted,
         }
 
     def _synchronize(self) -> None:

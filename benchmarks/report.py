@@ -45,6 +45,7 @@ class Row:
     loss_early: float | None  # at step LOSS_STEP
     loss_last: float
     foreign_cores: float
+    outside_ms: float | None = None  # of products of matrices, where these are counted
 
 
 def quantile(values: Sequence[float], fraction: float) -> float:
@@ -100,6 +101,7 @@ def summarise(record: Record, *, baseline: str, warmup_rounds: int, tokens_per_r
                 loss_early=curve[LOSS_STEP - 1] if len(curve) >= LOSS_STEP else None,
                 loss_last=curve[-1],
                 foreign_cores=median(turn.foreign_cores for turn in counted),
+                outside_ms=_outside_ms(samples),
             )
         )
     return rows
@@ -110,7 +112,7 @@ def markdown(rows: Sequence[Row], *, baseline: str, title: str, notes: Sequence[
     header = [
         "engine", "tokens/s", f"time / {baseline} (p10-p90)", "ms", "forward", "backward", "step", "CPU ms",
         "peak MB", f"peak / {MEMORY_PEER}", "steady MB", "start-up s", "wire MB", f"loss[{LOSS_STEP}]",
-        "loss[last]", "foreign cores",
+        "loss[last]", "foreign cores", "outside products",
     ]  # fmt: skip
     lines = [f"**{title}**", "", _line(header), _line(["---"] + ["---:"] * (len(header) - 1))]
     lines += [_line(_cells(row)) for row in rows]
@@ -143,6 +145,12 @@ def _peak_mb(record: Record, engine: str) -> float:
     return max(answer["peak_mb"] for answer in answers)
 
 
+def _outside_ms(samples: Sequence[dict[str, float]]) -> float | None:
+    if "products_ms" not in samples[0]:
+        return None
+    return median(sample["wall_ms"] - sample["products_ms"] for sample in samples)
+
+
 def _wire_mb(turns: Sequence[Turn]) -> float:
     """Of the quietest turn: every step sends the same bytes, and other traffic can only add."""
     return min(turn.sent_bytes / len(turn.answers) / len(turn.answers[0]["steps"]) / 1e6 for turn in turns)
@@ -162,6 +170,7 @@ def _cells(row: Row) -> list[str]:
         _or_dash(row.loss_early, ".4f"),
         f"{row.loss_last:.4f}",
         f"{row.foreign_cores:.2f}",
+        _or_dash(row.outside_ms, ".0f"),
     ]
 
 

@@ -22,7 +22,7 @@ from benchmarks import report
 from benchmarks.engines import ENGINES
 from benchmarks.fleet import ROOT, Fleet, Host, TimeIsUpError, WorkerDiedError
 from benchmarks.interleave import Record, run
-from benchmarks.job import DTYPES, SIZES, Job
+from benchmarks.job import DTYPES, PRODUCTS, SIZES, Job
 from benchmarks.measure import default_device, git_state, hardware, shown_command
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -61,6 +61,7 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="OMP_NUM_THREADS of a rank")
     parser.add_argument("--deepspeed-python", default=sys.executable, help="interpreter that has DeepSpeed")
+    parser.add_argument("--bf16-products", choices=PRODUCTS, help="default: fp32 on a CPU without bf16 instructions")
     parser.add_argument("--max-minutes", type=float, default=20.0, help="the run fails when it takes longer")
 
 
@@ -89,7 +90,13 @@ def make_job(arguments: argparse.Namespace, engine: str) -> Job:
         seq=arguments.seq,
         seed=arguments.seed,
         lr=arguments.lr,
+        products=arguments.bf16_products or default_products(arguments.device, arguments.dtype),
     )
+
+
+def default_products(device: str, dtype: str) -> str:
+    """How bf16 matrices are multiplied unless the command says so."""
+    return "fp32" if (device, dtype) == ("cpu", "bf16") and not hardware()["bf16_instructions"] else "native"
 
 
 def make_host(arguments: argparse.Namespace, logs: Path) -> Host:
@@ -143,7 +150,12 @@ def notes_on(plan: Plan, record: Record, machine: dict[str, object]) -> list[str
         "busy with other work during the engine's turns.",
     ]
     job = plan.jobs[0]
-    if (job.device, job.dtype) == ("cpu", "bf16") and not machine["bf16_instructions"]:
+    if job.products == "fp32":
+        notes.append(
+            "This processor has no bf16 instructions: every engine's products of bf16 matrices, attention's too, are "
+            "made in fp32 and rounded to bf16, which costs fp32's time and the casts."
+        )
+    elif (job.device, job.dtype) == ("cpu", "bf16") and not machine["bf16_instructions"]:
         notes.append("This processor has no bf16 instructions: bf16 is emulated, and slower than fp32.")
     if loudest > NOISY_BYTES_PER_S:
         notes.append(f"Other traffic on loopback, up to {loudest / 1e6:.1f} MB/s: wire MB is an upper bound.")
@@ -164,7 +176,7 @@ def describe(plan: Plan, arguments: argparse.Namespace, record: Record, argv: Se
         "versions": {engine: start.answers[0]["versions"] for engine, start in record.starts.items()},
         "settings": {
             **settings,
-            **{name: getattr(job, name) for name in ("size", "dtype", "micro_batch", "seq", "seed", "lr")},
+            **{name: getattr(job, name) for name in ("size", "dtype", "products", "micro_batch", "seq", "seed", "lr")},
             "num_params": next(iter(record.starts.values())).answers[0]["num_params"],
             "baseline": plan.baseline,
         },
