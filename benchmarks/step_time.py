@@ -6,6 +6,7 @@ python -m benchmarks.step_time --engines ddp,zero1,zero3 --size 25m --dtype bf16
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import signal
 import sys
@@ -157,9 +158,16 @@ def notes_on(plan: Plan, record: Record, machine: dict[str, object]) -> list[str
         )
     elif (job.device, job.dtype) == ("cpu", "bf16") and not machine["bf16_instructions"]:
         notes.append("This processor has no bf16 instructions: bf16 is emulated, and slower than fp32.")
+    if huge_pages():
+        notes.append("THP_MEM_ALLOC_ENABLE=1 for every engine: torch asks for huge pages for its larger tensors.")
     if loudest > NOISY_BYTES_PER_S:
         notes.append(f"Other traffic on loopback, up to {loudest / 1e6:.1f} MB/s: wire MB is an upper bound.")
     return notes
+
+
+def huge_pages() -> bool:
+    """Whether torch was told to ask for them; its switch is this variable."""
+    return os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"
 
 
 def describe(plan: Plan, arguments: argparse.Namespace, record: Record, argv: Sequence[str]) -> dict[str, object]:
@@ -179,6 +187,7 @@ def describe(plan: Plan, arguments: argparse.Namespace, record: Record, argv: Se
             **{name: getattr(job, name) for name in ("size", "dtype", "products", "micro_batch", "seq", "seed", "lr")},
             "num_params": next(iter(record.starts.values())).answers[0]["num_params"],
             "baseline": plan.baseline,
+            "huge_pages": huge_pages(),
         },
     }
 
