@@ -13,7 +13,9 @@ DATA = token_batches(6, 8)
 PATIENCE_S = 30.0
 
 
-def config_for(overlap: str, folder: Path, *, stage: int = 3, device: str = "cpu", **more: Any) -> dict[str, Any]:
+def config_for(
+    overlap: str | None, folder: Path, *, stage: int = 3, device: str = "cpu", **more: Any
+) -> dict[str, Any]:
     """Two micro-batches to a step, units of several sections, a learning rate that moves."""
     offload = {"device": device, "overlap": overlap, **({"nvme_path": str(folder)} if device == "nvme" else {})}
     zero = {"offload_optimizer": offload, "reduce_bucket_size": 4000}
@@ -25,6 +27,6 @@ def config_for(overlap: str, folder: Path, *, stage: int = 3, device: str = "cpu
     return zero_config(stage, zero_optimization=zero, **{**config, **more})
 
 
-def start(overlap: str, folder: Path, **more: Any) -> Any:
+def start(overlap: str | None, folder: Path, **more: Any) -> Any:
     """An engine around a small GPT."""
     return zerolith.initialize(model=make_gpt(), config=config_for(overlap, folder, **more))[0]

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from harness import run_ranks
 from models import start_engine, zero_config
 from unusual import CASES, Chain
-from zerolith.unit import Phase, Unit
+from zerolith.unit import Phase, Unit, Until
 
 STAGES = (0, 1, 2, 3)
 WIDTH = 64
@@ -180,7 +180,7 @@ class Watch:
     """Counts, whenever a collective begins and a unit is released, the units that are not at rest."""
 
     def __init__(self, engine: Any) -> None:
-        self.units: list[Unit] = [unit for unit in engine._sharded.units if not unit.stays]
+        self.units: list[Unit] = [unit for unit in engine._sharded.units if unit.until is Until.USED]
         self.most_units = 0
         self.most_terms = 0
         comm, gradients = engine._sharded.comm, engine._sharded.gradients

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from models import (
 from plain import world_size
 from zerolith.errors import ConfigError, OffloadError, UsageError
 from zerolith.memory import SwapFile, resident_bytes
+from zerolith.memory.pages import address_of, page_buffer
 from zerolith.memory.residency import wait_for_all
 from zerolith.zero import (
     safe_get_full_fp32_param,
@@ -486,17 +488,37 @@ def test_a_disk_that_is_full_when_states_are_made_leaves_an_optimizer_that_steps
 # --- the file -----------------------------------------------------------------------------------
 
 
+class Memory:
+    """What stands for a storage: bytes that begin `at` so many after a page does."""
+
+    def __init__(self, content: bytes, at: int) -> None:
+        self.page = page_buffer(len(content) + 4096)
+        self.at, self.nbytes = at, len(content)
+        self.page[at : at + self.nbytes] = content
+
+    def data_ptr(self) -> int:
+        return address_of(self.page) + self.at
+
+    def content(self) -> bytes:
+        return bytes(self.page[self.at : self.at + self.nbytes])
+
+
 @pytest.mark.parametrize("direct", [True, False])
-@pytest.mark.parametrize("nbytes", [0, 1, 4095, 4096, 4097, 4 * 2**20, 9 * 2**20 + 13])
-def test_what_is_written_is_read(direct: bool, nbytes: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("nbytes", [0, 1, 511, 4095, 4096, 4097, 4 * 2**20, 9 * 2**20 + 13])
+@pytest.mark.parametrize(("written_at", "read_at"), [(0, 0), (64, 64), (64, 640), (8, 4088), (600, 0)])
+@pytest.mark.parametrize("grain", [512, 4096])
+def test_what_is_written_is_read(
+    direct: bool, nbytes: int, written_at: int, read_at: int, grain: int, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("zerolith.memory.swap.GRAIN", grain)
     swap = SwapFile(tmp_path, direct=direct)
-    source, other = torch.randint(256, (nbytes,), dtype=torch.uint8), torch.ones(100, dtype=torch.uint8)
+    content = random.Random(nbytes).randbytes(nbytes)
+    source, other, target = Memory(content, written_at), Memory(b"1" * 100, 0), Memory(bytes(nbytes), read_at)
     regions = [swap.add(nbytes), swap.add(100)]
-    for transfer in [swap.write(regions[0], source.untyped_storage()), swap.write(regions[1], other.untyped_storage())]:
+    for transfer in [swap.write(regions[0], source), swap.write(regions[1], other)]:
         transfer.wait()
-    target = torch.zeros_like(source)
-    swap.read(regions[0], target.untyped_storage()).wait()
-    assert torch.equal(target, source)
+    swap.read(regions[0], target).wait()
+    assert target.content() == content
     swap.close()
 
 

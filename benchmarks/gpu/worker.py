@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from benchmarks.gpu.llama import Llama
 from benchmarks.gpu.shapes import Shape
 
-CONTENDERS = ("zerolith", "zerolith-states", "zerolith-all", "fsdp2", "fsdp2-offload")
+CONTENDERS = (
+    "zerolith", "zerolith-states", "zerolith-backward", "zerolith-all", "fsdp2", "fsdp2-offload",
+)  # fmt: skip
 LR = 1e-5
 
 
@@ -47,18 +49,20 @@ Step = Callable[[list[Tensor]], float]  # micro-batches of a step; the last one'
 def zerolith_step(run: Run) -> Step:
     import zerolith
 
-    offload = {
-        "zerolith": [],
-        "zerolith-states": ["offload_optimizer"],
-        "zerolith-all": ["offload_optimizer", "offload_param"],
+    host: dict[str, Any] = {"device": "cpu"}
+    offload: dict[str, dict[str, Any]] = {
+        "zerolith": {},
+        "zerolith-states": {"offload_optimizer": host},
+        "zerolith-backward": {"offload_optimizer": {**host, "overlap": "backward"}},
+        "zerolith-all": {"offload_optimizer": host, "offload_param": host},
     }
     config = {
         "train_micro_batch_size_per_gpu": run.micro_batch,
         "gradient_accumulation_steps": run.micro_batches,
-        "gradient_clipping": 1.0,
+        "gradient_clipping": 0.0 if run.contender == "zerolith-backward" else 1.0,
         "bf16": {"enabled": True},
         "optimizer": {"type": "AdamW", "params": {"lr": LR}},
-        "zero_optimization": {"stage": 3, **{key: {"device": "cpu"} for key in offload[run.contender]}},
+        "zero_optimization": {"stage": 3, **offload[run.contender]},
         "activation_checkpointing": {"policy": run.policy, "classes": ["Block"]},
         "zerolith": {"unit_classes": ["Block"]},
     }

@@ -84,8 +84,9 @@ class Engine(Lending):
                 terms=self._terms if overlap == "backward" else None,
                 checks=config.skips_steps,
                 splits=config.bf16.split_master,
+                copier=sharded.plan.copier,
             )
-            sharded.reducer.when_summed = self._partitioned.ahead.summed
+            sharded.reducer.when_summed = self._partitioned.summed
             self.optimizer = ZeroOptimizer(
                 optimizer,
                 step=self.step,

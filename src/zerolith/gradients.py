@@ -1,14 +1,7 @@
 """From autograd's gradients to the sum over ranks: collecting, accumulating and reducing.
 
-[Note: terms] A section's Term is this rank's own gradient, PARTIAL: one flat tensor that collects what backward
-produces. Where gradients are reduced at this backward it is in the wire dtype and goes at once; where they rest
-(stages 0 and 1 before the boundary, no_sync at any stage) it is in the accumulation dtype and stays.
-
 [Note: late terms] A section is reduced when backward is done with its modules. A gradient that comes later rests until
 the next reduction, or until the step, where ranks agree on the sections of which one of them has such a term.
-
-[Note: borrowed terms] Where one tensor fills a section and its gradient leaves at once, the gradient is the term: it is
-read by the reduction and written by nobody, for autograd may share its memory with others.
 
 [Note: one buffer for two] A term that rests and the sum that it becomes are never needed at once. At stage 0 the term
 lies in the sum's buffer; at stage 1 the sum lies in the term's, where this rank's shard is.
@@ -26,57 +19,15 @@ from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
 from zerolith.buffer import FlatBuffer
-from zerolith.comm import Comm, Pending, add_into, done
-from zerolith.partitioning import PARTIAL, REPLICATE, SHARD, Partitioning
+from zerolith.comm import Comm, Pending, done
+from zerolith.departures import Departed
+from zerolith.parameter import refuse_away
+from zerolith.partitioning import REPLICATE, SHARD, Partitioning
 from zerolith.precision import Precision
 from zerolith.redistribute import Then, redistribute
 from zerolith.schedule import Sequencer
-from zerolith.section import Section, refuse_away
-
-
-class Term:
-    """One section's PARTIAL gradient in `data`; `filled` says which slots have been written."""
-
-    def __init__(self, section: Section, comm: Comm, data: Tensor, *, pooled: bool) -> None:
-        self.comm = comm
-        self.pooled = pooled  # whether `data` goes back to the pool
-        self.borrowed = False  # whether `data` is autograd's, to be read only
-        self.rests = False  # whether it was begun by a backward that does not reduce
-        self.buffer = FlatBuffer(section.layout, PARTIAL, data, rank=comm.rank)
-        self.filled = [False] * len(section.members)
-        self.buffer.zero_gaps()
-
-    @classmethod
-    def take(cls, section: Section, comm: Comm, dtype: torch.dtype) -> Term:
-        """A term in memory of the pool."""
-        data = comm.pool.take(section.layout.numel, dtype=dtype, device=comm.device)
-        return cls(section, comm, data, pooled=True)
-
-    @classmethod
-    def borrow(cls, section: Section, comm: Comm, grad: Tensor) -> Term:
-        """A term that is the gradient of the section's only parameter."""
-        term = cls(section, comm, grad.view(-1), pooled=False)
-        term.borrowed, term.filled = True, [True]
-        return term
-
-    def add(self, index: int, grad: Tensor) -> None:
-        """Add parameter `index`'s gradient of any strides."""
-        grad = grad.to_dense() if grad.is_sparse else grad
-        if self.filled[index]:
-            add_into(self.buffer.slot(index).view(-1), [grad.reshape(-1)], fresh=False)
-        else:
-            self.buffer.slot(index).copy_(grad)
-            self.filled[index] = True
-
-    def complete(self) -> None:
-        """Write zeros where no gradient came."""
-        for index, filled in enumerate(self.filled):
-            if not filled:
-                self.buffer.slot(index).zero_()
-
-    def give_back(self) -> None:
-        if self.pooled:
-            self.comm.pool.give(self.buffer.data)
+from zerolith.section import Section
+from zerolith.term import Term
 
 
 class Gradients:
@@ -97,6 +48,7 @@ class Gradients:
         self.gathered = partitioning.optim is SHARD  # `sum` is in the optim placement
         self._buffer = section.grads  # without memory until it is needed
         self._lender: Term | None = None  # holds `sum` instead of `_buffer`
+        self.left: Departed | None = None  # holds `sum`, on the host
         self.is_away = False  # lent: without memory, and not to be touched
         self.runs_behind = False  # whether the section is updated behind the forward that follows a step
         self.is_held = False  # an update that runs behind reads them, and resets them afterwards
@@ -107,6 +59,8 @@ class Gradients:
         """The sum over ranks and micro-batches since the last step, in the optim placement at the boundary."""
         if self.is_away:
             refuse_away()
+        if self.left is not None:
+            return self.left.arrived()
         if self._lender is not None:
             return self._lender.buffer.own()
         if not self._buffer.is_allocated:
@@ -126,7 +80,9 @@ class Gradients:
         return self.sum.own()
 
     def _to_overwrite(self) -> FlatBuffer:
-        """`sum` with undefined contents if it has no memory yet."""
+        """`sum` on its device, with undefined contents if it has no memory yet."""
+        if self.left is not None:
+            self._bring_back(self.left)
         if self._lender is None and not self._buffer.is_allocated:
             self._buffer.allocate()
         return self.sum
@@ -188,19 +144,44 @@ class Gradients:
         """Multiply all that has come since the last step, reduced or not."""
         if factor != 1.0 and not self.fresh:
             self.scale(factor)
+            self.squares = None
         if factor != 1.0 and self.term is not None:
             self.term.buffer.data.mul_(factor)
 
     def free(self) -> None:
         """Give the memory of the sum back, unless a term lends it; `reset` must come before anything else."""
+        if self.left is not None:
+            self.left.leave_behind()  # a rank with none of the elements has not read it
         self._buffer.release()
+
+    def free_here(self, departed: Departed) -> None:
+        """Give the memory back that the sum had on its device, if it is still `departed` that holds it."""
+        if self.left is departed:
+            self._free_here()
+
+    def _free_here(self) -> None:
+        if self._lender is not None:
+            self._lender.give_back()
+            self._lender = None
+        self._buffer.release()
+
+    def _bring_back(self, left: Departed) -> None:
+        """Something is to be added to a sum that has left."""
+        there = left.arrived()
+        self._free_here()
+        self.left = self.squares = None
+        self._buffer.allocate()
+        self._buffer.own().data.copy_(there.data)
+        left.give_back()
 
     def reset(self) -> None:
         """Forget everything since the last step."""
         for term in (self.term, self._lender):
             if term is not None:
                 term.give_back()
-        self.term = self._lender = self.squares = None
+        if self.left is not None:
+            self.left.give_back()
+        self.term = self._lender = self.left = self.squares = None
         self.used = [False] * len(self.used)
         self.fresh = True
         self.gathered = self.partitioning.optim is SHARD

@@ -1,7 +1,8 @@
 """Following modules through forward and backward, by hooks on the modules themselves.
 
 A unit is gathered before its module runs, released after it, gathered again before its backward and released after
-that; forward's last one stays, for backward begins with it. The next unit's gather starts while this one computes.
+that; forward's last one stays, for backward begins with it, and units may be told to stay longer (see unit.Until). The
+next unit's gather starts while this one computes.
 
 [Note: release by phase] A forward that runs inside a backward (activation checkpointing recomputes) does not
 release: only backward may, because the recomputed tensors are about to be used. So both nestings of
@@ -33,7 +34,7 @@ from zerolith.errors import UsageError
 from zerolith.outputs import has_history, on_gradient, tensors_in
 from zerolith.parameter import ShardedParameter, refuse
 from zerolith.schedule import Order
-from zerolith.unit import Unit
+from zerolith.unit import Unit, Until
 
 logger = logging.getLogger("zerolith")
 READ_AHEAD = 3  # units whose shards are brought from where they rest: the next one, and those behind it
@@ -138,7 +139,7 @@ class Gatherer:
             self._backward_order.restart()
 
     def end_backward(self) -> None:
-        """Release every unit: nothing needs whole parameters between backward and the next forward."""
+        """Release what need not stay whole until the step: nothing computes before the next forward."""
         self._open.clear()
         self._tasks.clear()
         self._keeping = self._keeping and self._is_differentiated
@@ -147,7 +148,9 @@ class Gatherer:
     def release_all(self) -> None:
         """Bring every unit to rest that no running forward uses."""
         self._keeping = False
-        self._release_unused()
+        for unit in self.units:
+            if unit.uses == 0:
+                unit.release()
 
     def end_micro_batch(self) -> None:
         """As `end_backward`; and backwards of the forwards so far are not waited for."""
@@ -173,6 +176,7 @@ class Gatherer:
         self._calls.clear()
         self._keeping = self._is_differentiated = False
         self.end_micro_batch()
+        self.release_all()
 
     def remove_hooks(self) -> None:
         for handle in self._handles:
@@ -225,14 +229,19 @@ class Gatherer:
             unit.leave()
             if self._calls and any(unit.lends(tensor) for tensor in tensors):
                 self._lend(unit)
-            # The unit that forward used last is the one that backward will use first.
-            kept = torch.is_grad_enabled() and (unit.stays or self._forward_order.ends_with(self._numbers[unit]))
-            if unit.uses == 0 and not in_backward() and not kept and not self._keeping:
+            if unit.uses == 0 and not in_backward() and not self._keeping and not self._stays(unit):
                 unit.release()
         if torch.is_grad_enabled():
             self._await_backward(call, [*tensors, *self._left_aside(module)])
         elif not self._calls and not in_backward():
             self._release_unused()  # what was gathered ahead and not used
+
+    def _stays(self, unit: Unit) -> bool:
+        """Whether a forward that has used `unit` leaves it whole for who comes next."""
+        if unit.until is Until.STEP or not torch.is_grad_enabled():
+            return unit.until is Until.STEP
+        # The unit that forward used last is the one that backward will use first.
+        return unit.until is Until.BACKWARD or self._forward_order.ends_with(self._numbers[unit])
 
     def _lend(self, unit: Unit) -> None:
         """The forward that is running needs `unit` until its own end, and will the next time."""
@@ -297,7 +306,7 @@ class Gatherer:
         for unit in call.units:
             if any(unit in other.units for other in self._open):
                 continue
-            if unit.uses == 0 and not unit.stays and not self._keeping:
+            if unit.uses == 0 and unit.until is Until.USED and not self._keeping:
                 unit.release()
             if self._awaited[unit] <= 0:
                 self._when_done(unit)
@@ -320,5 +329,5 @@ class Gatherer:
 
     def _release_unused(self) -> None:
         for unit in self.units if not self._keeping else ():
-            if unit.uses == 0:
+            if unit.uses == 0 and unit.until is not Until.STEP:
                 unit.release()

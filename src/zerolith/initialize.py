@@ -284,8 +284,8 @@ def _assemble(inputs: _Inputs) -> Engine:
     model, config, zero = inputs.model, inputs.config, inputs.config.zero_optimization
     precision = _precision(config)
     comm = default_comm(reproducible=config.reproducible)
-    partitioning = Partitioning.from_stage(zero.stage, reproducible=config.reproducible)
-    if comm.device.type == "cpu" and partitioning.params is REPLICATE:
+    partitioning = zero.partitioning(reproducible=config.reproducible)
+    if comm.device.type == "cpu" and (partitioning.params is REPLICATE or zero.rests_sharded):
         keep_freed_pages()  # who shards parameters wants memory more than time
     activations = config.activation_checkpointing
     checkpointed: list[Forward] = []
@@ -295,7 +295,6 @@ def _assemble(inputs: _Inputs) -> Engine:
         checkpointed = checkpoint_blocks(model, options=options, classes=activations.classes, every=activations.every)
     elif activations.cpu_checkpointing:
         configure(checkpoint_in_cpu=True)  # for models that call zerolith.checkpointing.checkpoint themselves
-    leaves = zero.leaf_module
     sharded = ShardedModel(
         model,
         inputs.members,
@@ -304,24 +303,25 @@ def _assemble(inputs: _Inputs) -> Engine:
             precision=precision,
             comm=comm,
             master_device=inputs.placement.master_device,
+            copier=inputs.placement.copier,
             offloaded_share=zero.offload_optimizer.ratio,
             residency=weights_in(inputs.placement.weights),
         ),
         WrapPolicy(
-            unit_classes=frozenset({*config.zerolith.unit_classes, *leaves.classes}),
-            unit_names=frozenset(leaves.names),
-            unit_suffixes=tuple(leaves.name_suffixes),
+            unit_classes=frozenset({*config.zerolith.unit_classes, *zero.leaf_module.classes}),
+            unit_names=frozenset(zero.leaf_module.names),
+            unit_suffixes=tuple(zero.leaf_module.name_suffixes),
             unit_modules=frozenset(map(id, get_z3_leaf_modules(model))),
             min_numel=zero.stage3_param_persistence_threshold,
             bucket_numel=zero.reduce_bucket_size,
+            max_live_numel=zero.max_live_numel,
         ),
         overlap=zero.overlap_comm is not False,
         prefetch=zero.stage3_prefetch_bucket_size > 0,
     )
-    scaler = _scaler(config, precision)
     handles = [*checkpointed, *([inputs.preemption] if inputs.preemption is not None else [])]
-    swap = inputs.placement.states
-    return Engine(model, config, sharded, scaler, inputs.optimizer, inputs.watch, handles, swap=swap)
+    given = (inputs.optimizer, inputs.watch, handles)
+    return Engine(model, config, sharded, _scaler(config, precision), *given, swap=inputs.placement.states)
 
 
 def _precision(config: Config) -> Precision:

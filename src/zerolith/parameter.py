@@ -9,13 +9,13 @@ that torch.distributed.checkpoint can save and load.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from zerolith.errors import ShardedAccessError
+from zerolith.errors import ShardedAccessError, UsageError
 from zerolith.layout import Box, Range, boxes
 
 if TYPE_CHECKING:
@@ -195,3 +195,17 @@ _ANSWERED |= {
     for name in _METADATA_PROPERTIES.split()
     for accessor in ("__get__", "__set__")
 }
+
+
+def absent(view: Tensor) -> Tensor:
+    """A tensor of `view`'s shape for a parameter whose memory is freed: reading that would crash the process.
+
+    Code that kept the parameter itself, not looking it up in its module, computes NaN.
+    """
+    value = float("nan") if view.is_floating_point() else 0
+    return torch.full((), value, dtype=view.dtype, device=view.device).expand(view.shape)
+
+
+def refuse_away() -> NoReturn:
+    """Raises UsageError: what is asked for has been lent."""
+    raise UsageError("states are offloaded; call engine.reload_states() before")

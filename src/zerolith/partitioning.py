@@ -51,8 +51,11 @@ class Partitioning:
             raise ConfigError(f"{self} is not a legal partitioning: {type(self).__doc__}")
 
     @classmethod
-    def from_stage(cls, stage: int, *, reproducible: bool = False) -> Partitioning:
+    def from_stage(cls, stage: int, *, reproducible: bool = False, rests_sharded: bool = False) -> Partitioning:
         """The triple of a ZeRO stage.
+
+        With `rests_sharded`, parameters rest as shards at stages 1 and 2, too: whole from their first use after a step
+        to the next one, they are sent as often as at the step, but each when the forward comes to it.
 
         With `reproducible`, gradients are reduced at every micro-batch at every stage, so that the terms are
         added in one global order (micro-batch g of rank r is number g * ranks + r).
@@ -61,7 +64,7 @@ class Partitioning:
             params, grads, optim = STAGES[stage]
         except KeyError:
             raise ConfigError(f"zero_optimization.stage: {stage!r} is not one of 0, 1, 2, 3") from None
-        return cls(params, SHARD if reproducible else grads, optim)
+        return cls(SHARD if rests_sharded else params, SHARD if reproducible else grads, optim)
 
     @property
     def shards_states_only(self) -> bool:

@@ -14,10 +14,12 @@ from torch.optim import Optimizer
 
 from zerolith.comm import Comm, ranks_on_this_host
 from zerolith.config import Config
-from zerolith.config.schema import OffloadOptimizer, OffloadParam
+from zerolith.config.zero import OffloadOptimizer, OffloadParam
 from zerolith.errors import OffloadError
 from zerolith.member import Member
 from zerolith.memory import HostStore, StagedSwap, Store, SwapFile, memory_of_host
+from zerolith.memory.host_store import copier_for
+from zerolith.memory.lane import Copier
 from zerolith.observe import STATES
 from zerolith.optim import original
 from zerolith.precision import Precision
@@ -30,6 +32,7 @@ class Placement:
     """None is the device itself, everywhere."""
 
     master_device: torch.device | None  # where masters and optimizer states are stepped
+    copier: Copier | None  # how gradients get there, and weights back; None where nothing is far
     states: SwapFile | None  # where they rest
     weights: Store | None  # where shards of weights rest at stage 3
 
@@ -40,9 +43,15 @@ def make_placement(config: Config, device: torch.device, undo: ExitStack, *, tra
     is_offloaded = trains and zero.offload_optimizer.device != "none"
     return Placement(
         master_device=torch.device("cpu") if is_offloaded else None,
+        copier=host_copier(device) if is_offloaded else None,
         states=_swap(zero.offload_optimizer, undo) if trains else None,
         weights=_weights_store(zero.offload_param, device, undo),
     )
+
+
+def host_copier(device: torch.device) -> Copier | None:
+    """How bytes move between a device and host memory; None where the host is the device."""
+    return copier_for(device) if device.type != "cpu" else None
 
 
 def check_room(

@@ -14,18 +14,18 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from itertools import compress
-from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from zerolith.buffer import FlatBuffer
 from zerolith.comm import Comm, Pending
-from zerolith.errors import UsageError
+from zerolith.departures import Landing
 from zerolith.layout import plan_layout
 from zerolith.member import Granularity, Member
 from zerolith.memory import Residency, Store
-from zerolith.parameter import ShardedParameter, Touch
+from zerolith.memory.lane import Copier
+from zerolith.parameter import ShardedParameter, Touch, absent, refuse_away
 from zerolith.partitioning import REPLICATE, SHARD, Partitioning
 from zerolith.precision import Precision
 from zerolith.redistribute import Then, redistribute
@@ -57,6 +57,7 @@ class Plan:
     comm: Comm
     master_device: torch.device | None = None  # where offloaded masters are stepped; None: where the weights are
     offloaded_share: float = 1.0  # of the trained elements
+    copier: Copier | None = None  # between the device and host memory where masters are stepped there
     residency: Residency[Section] = field(default_factory=lambda: weights_in(None))  # of shards of weights
 
 
@@ -80,7 +81,8 @@ class Section:
         self.granularity = members[0].granularity
         self.keeps_memory = False  # of `whole` while it is released: where it stands at the step's peak anyway
         self.is_away = False  # whether the weights have no memory
-        self.is_cast = False  # whether the masters' new values are in the weights already, in their dtype
+        self.is_cast = False  # whether the masters' new values are in `cast_target` already
+        self.landing: Landing | None = None  # host memory in which they wait for the way to the weights
         self.trained = members[0].trained
         self.layout = plan_layout(
             [member.param.shape for member in members],
@@ -178,8 +180,8 @@ class Section:
             with self.near(to_write=True):
                 self.weights.data.copy_(self.whole.own().data)
         self._follow_requires_grad()
-        for member, stand_in, absent in zip(self.members, self.stand_ins, self._absent, strict=True):
-            member.param.data = absent
+        for member, stand_in, nothing in zip(self.members, self.stand_ins, self._absent, strict=True):
+            member.param.data = nothing
             member.install(stand_in, instead_of=member.param)
             stand_in.gathered = None
         if not self.keeps_memory:
@@ -214,15 +216,23 @@ class Section:
         with ExitStack() as here, self.resident():  # what is sent is copied before the sending begins
             here.enter_context(self.near(to_write=True))
             source = self.main if self.main is not None else self.weights.own()
+            if self.landing is not None and not self.is_cast:
+                self.landing.there.data.copy_(source.own().data)
+                self.is_cast = True
             if self.is_cast and self.cast_target is not None:
                 source, self.is_cast = self.cast_target, False
             moved = redistribute(source, self.weights, comm=self.plan.comm, name=self.name)
             here.callback(self.mark_written)
+            if self.landing is not None:  # what is sent has been copied from there
+                self.landing.give_back()
+                self.landing = None
             return Then(moved, here.pop_all().close)
 
     @property
     def cast_target(self) -> FlatBuffer | None:
         """Where a step may put its result in the dtype of the weights; None if masters are those, or elsewhere."""
+        if self.landing is not None:
+            return self.landing.there
         is_early = self.is_ahead and not self.is_sharded  # the weights are in sight, and the step is still to come
         if is_early or self.main is None or self.main.shares_memory_with(self.weights) or self.is_elsewhere:
             return None
@@ -376,20 +386,6 @@ class Section:
 def _is_within(model: nn.Module, *ours: Tensor | None) -> bool:
     """Whether one of `ours` is somewhere in `model`, under whatever name: pruning gives a parameter another."""
     return any(each is own for each in model.parameters() for own in ours)
-
-
-def absent(view: Tensor) -> Tensor:
-    """A tensor of `view`'s shape for a parameter whose memory is freed: reading that would crash the process.
-
-    Code that kept the parameter itself, not looking it up in its module, computes NaN.
-    """
-    value = float("nan") if view.is_floating_point() else 0
-    return torch.full((), value, dtype=view.dtype, device=view.device).expand(view.shape)
-
-
-def refuse_away() -> NoReturn:
-    """Raises UsageError: what is asked for has been lent."""
-    raise UsageError("states are offloaded; call engine.reload_states() before")
 
 
 def _follow(master: Tensor, weights: Tensor) -> None:

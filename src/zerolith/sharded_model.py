@@ -18,8 +18,8 @@ from zerolith.layout import assign_owners
 from zerolith.member import Member
 from zerolith.parameter import ShardedParameter, Touch, refuse
 from zerolith.section import Plan, Section
-from zerolith.unit import Phase, Unit, refuse_ahead
-from zerolith.wrap import UnitPlan, WrapPolicy, plan_units, split_members
+from zerolith.unit import Phase, Unit, Until, refuse_ahead
+from zerolith.wrap import UnitPlan, WrapPolicy, living, plan_units, split_members
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,10 @@ class ShardedModel:
         trained = sum(member.param.numel() for member in members if member.trained)
         self._room = (1 - plan.offloaded_share) * trained  # for elements whose masters and states stay here
         plans = plan_units(model, members, policy)
-        self.units = [self._make_unit(unit_plan, policy, is_root=unit_plan is plans[0]) for unit_plan in plans]
+        lives = living(plans, max_numel=policy.max_live_numel)
+        until = [Until.STEP if plan in lives else Until.USED for plan in plans]
+        until[0] = Until.BACKWARD if plans[0] not in lives else until[0]
+        self.units = [self._make_unit(*each, policy) for each in zip(plans, until, strict=True)]
         self._places = {  # of parameters and their stand-ins, by id: their sections keep them alive
             id(tensor): Place(unit, section, index)
             for unit in self.units
@@ -172,7 +175,7 @@ class ShardedModel:
             for section in unit.sections if unit.phase is Phase.REST else ():
                 section.whole.release()
 
-    def _make_unit(self, plan: UnitPlan, policy: WrapPolicy, *, is_root: bool) -> Unit:
+    def _make_unit(self, plan: UnitPlan, until: Until, policy: WrapPolicy) -> Unit:
         sections = []
         touch = self._toucher()
         buckets = split_members(plan.members, bucket_numel=policy.bucket_numel)
@@ -185,9 +188,9 @@ class ShardedModel:
                 owners=assign_owners([member.param.shape for member in members], self._loads),
                 is_offloaded=not self._takes_room(members),
             )
-            section.keeps_memory = is_root
+            section.keeps_memory = until is not Until.USED
             sections.append(section)
-        return Unit(plan.name, sections, stays=is_root)
+        return Unit(plan.name, sections, until=until)
 
     def _takes_room(self, members: Sequence[Member]) -> bool:
         """Whether masters and states of a section stay here. Those of the first units do: forward needs them first."""

@@ -20,20 +20,27 @@ class Phase(Enum):
     GATHERED = "whole"
 
 
+class Until(Enum):
+    """How long a sharded unit stays whole once it has been gathered."""
+
+    USED = "until the forward or the backward that uses it is over"
+    BACKWARD = "until the backward after that forward is over"
+    STEP = "until its weights change"
+
+
 LEGAL = {(Phase.REST, Phase.GATHERING), (Phase.GATHERING, Phase.GATHERED), (Phase.GATHERED, Phase.REST)}
 
 
 class Unit:
     """Sections that move together, and the phase they are in.
 
-    `uses` counts what needs a sharded unit whole: forwards that run, GatheredParameters that are open. `stays` means
-    that it is not released between forward and backward (the root, whose parameters are needed at both ends of a step).
+    `uses` counts what needs a sharded unit whole: forwards that run, GatheredParameters that are open.
     """
 
-    def __init__(self, name: str, sections: Sequence[Section], *, stays: bool) -> None:
+    def __init__(self, name: str, sections: Sequence[Section], *, until: Until) -> None:
         self.name = name
         self.sections = list(sections)
-        self.stays = stays
+        self.until = until
         self.uses = 0
         self.is_sharded = any(section.is_sharded for section in sections)
         self.phase = Phase.REST if self.is_sharded else Phase.GATHERED

@@ -21,6 +21,7 @@ class WrapPolicy:
     unit_names, unit_suffixes, unit_modules: paths of such modules, the paths' endings, the modules themselves.
     min_numel: smaller modules join what encloses them (DeepSpeed's stage3_param_persistence_threshold).
     bucket_numel: a unit's buffers are cut at this many elements (DeepSpeed's reduce_bucket_size).
+    max_live_numel: so many elements stay whole until the step, if they rest as shards (stage3_max_live_parameters).
     """
 
     unit_classes: frozenset[str] = frozenset()
@@ -29,6 +30,7 @@ class WrapPolicy:
     unit_modules: frozenset[int] = frozenset()  # ids
     min_numel: int = 100_000
     bucket_numel: int = 500_000_000
+    max_live_numel: float = 0
 
 
 @dataclass(eq=False, kw_only=True)
@@ -70,6 +72,17 @@ def plan_units(model: nn.Module, members: Sequence[Member], policy: WrapPolicy) 
         plan = owners.pop() if len(owners) == 1 else root
         plan.members.append(member)
     return [root, *(unit for unit in units if unit.members)]
+
+
+def living(plans: Sequence[UnitPlan], *, max_numel: float) -> list[UnitPlan]:
+    """The units that stay whole until the step: the last ones, which backward needs first; the root comes last."""
+    lives = []
+    for plan in reversed(plans):
+        numel = sum(member.param.numel() for member in plan.members)
+        if numel <= max_numel:
+            lives.append(plan)
+            max_numel -= numel
+    return lives
 
 
 def split_members(members: Sequence[Member], *, bucket_numel: int) -> Iterator[list[Member]]:

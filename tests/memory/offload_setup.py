@@ -69,6 +69,8 @@ class Late:
             if target is not None and source is not None:
                 target.copy_(source)
 
+    finish = wait
+
     def is_done(self, copy: object) -> bool:
         return all(copy is not each for each, _, _ in self.queue)
 

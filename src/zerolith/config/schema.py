@@ -1,20 +1,13 @@
 """The keys that zerolith acts on, as frozen sections. What is said of each here is its documentation."""
 
-import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from zerolith.config.section import Count, CountOrZero, Name, Names, Section, ShortDtype, StepsOrNever, key
+from zerolith.config.zero import ZeroOptimization
 from zerolith.partitioning import SHARD, Partitioning
-
-T = TypeVar("T")
-MAX_INT = 2**63 - 1
-MOE_BLOCKS = (
-    "transformers.models.mixtral.modeling_mixtral.MixtralSparseMoeBlock",
-    "transformers.models.qwen2_moe.modeling_qwen2_moe.Qwen2MoeSparseMoeBlock",
-    "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeSparseMoeBlock",
-)
 
 
 class Note(NamedTuple):
@@ -23,38 +16,6 @@ class Note(NamedTuple):
     path: str
     why: str
     is_mistake: bool = False  # whoever wrote it expects an effect
-
-
-def _integral(value: object) -> object:
-    """JSON has no integer exponents: 5e8 arrives as a float and means 500000000."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _infinite_is_never(value: object) -> object:
-    return None if isinstance(value, float) and value == math.inf else value
-
-
-def key(default: T, meaning: str, **bounds: int) -> T:
-    """A field with its default, documentation and bounds."""
-    return Field(default, description=meaning, **bounds)  # type: ignore[call-overload]  # `bounds` are ge, gt, le
-
-
-Count = Annotated[int, Field(gt=0, le=MAX_INT)]
-CountOrZero = Annotated[int, Field(ge=0, le=MAX_INT)]
-Elements = Annotated[CountOrZero, BeforeValidator(_integral)]
-SomeElements = Annotated[Count, BeforeValidator(_integral)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Stage = Annotated[int, Field(ge=0, le=3)]  # a Literal would take True for 1
-StepsOrNever = Annotated[Count | None, BeforeValidator(_infinite_is_never)]
-Names = Annotated[tuple[str, ...], Field(strict=False)]  # JSON has lists where we keep tuples
-Name = Annotated[str, Field(min_length=1)]
-ShortDtype = Literal["fp16", "bf16", "fp32"]
-
-
-class Section(BaseModel):
-    """A JSON object with known keys only; bools are not ints and 8.0 is not 8."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Optimizer(Section):
@@ -111,70 +72,6 @@ class DataTypes(Section):
     """Dtypes of what is kept between micro-batches."""
 
     grad_accum_dtype: ShortDtype | None = key(None, "Dtype in which gradients add up over micro-batches; null is fp32.")
-
-
-class LeafModule(Section):
-    """Modules gathered as one piece at stage 3."""
-
-    classes: Names = key(MOE_BLOCKS, "Classes gathered whole with all inside; absent ones are no error.")
-    names: Names = key((), "Module paths gathered whole.")
-    name_suffixes: Names = key((), "Endings of module paths gathered whole.")
-
-
-class OffloadOptimizer(Section):
-    """Where masters and optimizer states rest, and where they are stepped."""
-
-    device: Literal["none", "cpu", "nvme"] = key(
-        "none", "none: on the device; cpu: in host memory, stepped there; nvme: in a file, stepped in host memory."
-    )
-    nvme_path: str | None = key(None, "Folder on a fast disk of each host, for device nvme.")
-    overlap: Literal["none", "forward", "backward"] = key(
-        "forward",
-        "When updates run. forward: at stage 3 behind the next forward, which waits for each unit's; backward: from "
-        "when a unit's gradient is complete, whose memory then goes; none: in step().",
-    )
-    ratio: Share = key(1.0, "Share of masters and states that is offloaded; those of the model's first units stay.")
-
-
-class OffloadParam(Section):
-    """Where shards of weights rest at stage 3 while no forward or backward needs them."""
-
-    device: Literal["none", "cpu", "nvme"] = key(
-        "none", "none: on the device; cpu: in host memory; nvme: in a file of each rank."
-    )
-    nvme_path: str | None = key(None, "Folder on a fast disk of each host, for device nvme.")
-
-
-class ZeroOptimization(Section):
-    """What is sharded, and in what pieces; `true` is stage 1."""
-
-    stage: Stage = key(0, "What is sharded: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters too.")
-    reduce_bucket_size: SomeElements = key(500_000_000, "Most gradient elements in one reduction.")
-    overlap_comm: bool | None = key(None, "Communicate while computing; null: at stage 3 only.")
-    stage3_prefetch_bucket_size: Elements = key(
-        50_000_000, "Elements gathered ahead of their use at stage 3; 0 gathers nothing ahead."
-    )
-    stage3_param_persistence_threshold: Elements = key(
-        100_000, "Parameters with fewer elements than this stay whole at stage 3."
-    )
-    stage3_gather_16bit_weights_on_model_save: bool = key(
-        False, "Allow a whole 16-bit copy of the weights to be gathered for saving at stage 3."
-    )
-    leaf_module: LeafModule = LeafModule()
-    offload_optimizer: OffloadOptimizer = OffloadOptimizer()
-    offload_param: OffloadParam = OffloadParam()
-
-    @model_validator(mode="after")
-    def _offloads_shards(self) -> "ZeroOptimization":
-        partitioning = Partitioning.from_stage(self.stage)
-        if self.offload_optimizer.device != "none" and partitioning.optim is not SHARD:
-            raise ValueError("zero_optimization.offload_optimizer moves shards; choose stage 1, 2 or 3")
-        if self.offload_param.device != "none" and partitioning.params is not SHARD:
-            raise ValueError("zero_optimization.offload_param moves shards of weights; choose stage 3")
-        for name, offload in (("offload_optimizer", self.offload_optimizer), ("offload_param", self.offload_param)):
-            if offload.device == "nvme" and not offload.nvme_path:
-                raise ValueError(f"zero_optimization.{name}.nvme_path: device nvme needs a folder")
-        return self
 
 
 class ActivationCheckpointing(Section):

@@ -9,13 +9,14 @@ from torch import Tensor
 
 
 class HostPool:
-    """Buffers by size. With those in use it keeps as many bytes as were ever in use at once, and no more.
+    """Buffers by size. With those in use it keeps as many bytes as were ever in use at once, and no more than `keeps`.
 
     Those of the size that was not asked for longest go first.
     """
 
     def __init__(self, *, pinned: bool) -> None:
         self.pinned = pinned
+        self.keeps = 0.0  # bytes, however few were in use
         self.num_allocated = 0
         self._used_bytes = self._idle_bytes = self._most_bytes = 0
         self._idle: dict[int, list[Tensor]] = {}  # by size in bytes; the one asked for last is last
@@ -59,7 +60,7 @@ class HostPool:
             self._idle_bytes += buffer.nbytes
 
     def _shrink(self) -> None:
-        while self._used_bytes + self._idle_bytes > self._most_bytes:
+        while self._used_bytes + self._idle_bytes > max(self._most_bytes, self.keeps):
             size = next(iter(self._idle))
             if not self._idle[size]:
                 del self._idle[size]

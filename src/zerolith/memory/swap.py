@@ -2,6 +2,11 @@
 
 Blocks are moved by a few threads, so that many requests are in flight, with O_DIRECT where the file system has it: what
 is swapped must not fill the page cache. What is read back must have the checksum that it had when it was written.
+
+[Note: edges] O_DIRECT asks for addresses, lengths and offsets that are multiples of the device's grain, and tensors
+begin where they like. So what is written is the tensor's body, from its first such address to its last, straight from
+its memory; the few bytes before and after it are kept in memory. It is read straight into place, too, unless the tensor
+has come to lie otherwise since: then it passes through an aligned block.
 """
 
 from __future__ import annotations
@@ -24,16 +29,24 @@ from zerolith.memory.pages import ALIGNMENT, address_of, page_buffer
 from zerolith.memory.threads import helpers, start_task
 
 BLOCK_BYTES = 4 * 2**20  # of one request
+GRAIN = 512  # bytes, of most devices
 MAX_THREADS = 8
 
 
 @dataclass(eq=False)
 class Region:
-    """A tensor's place in the file, and the checksum of each block as it was last written."""
+    """A tensor's place in the file, and what was last written: a checksum of each block, and the edges."""
 
     offset: int
     nbytes: int
     digests: list[int] = field(default_factory=list)
+    head: bytes = b""
+    tail: bytes = b""
+
+    @property
+    def body(self) -> int:
+        """Bytes that are in the file."""
+        return self.nbytes - len(self.head) - len(self.tail)
 
 
 class Transfer:
@@ -61,6 +74,7 @@ class SwapFile:
         self.is_direct = direct and hasattr(os, "O_DIRECT")
         self.nbytes = 0
         self._file = self._open()
+        self._grain = self._smallest_grain() if self.is_direct else 1
         self._threads = helpers(min(threads, MAX_THREADS), "zerolith swap")
         self._local = threading.local()
 
@@ -78,12 +92,20 @@ class SwapFile:
 
     def write(self, region: Region, storage: torch.UntypedStorage) -> Transfer:
         """Begin to write the storage, which must be left alone until the transfer is waited for."""
-        region.digests = [0] * -(-region.nbytes // BLOCK_BYTES)
-        return self._start(self._write_block, region, storage)
+        address = storage.data_ptr()
+        head = min(-address % self._grain, region.nbytes)
+        tail = (region.nbytes - head) % self._grain
+        region.head = ctypes.string_at(address, head)
+        region.tail = ctypes.string_at(address + region.nbytes - tail, tail)
+        region.digests = [0] * -(-region.body // BLOCK_BYTES)
+        return self._start(self._write_block, region, address)
 
     def read(self, region: Region, storage: torch.UntypedStorage) -> Transfer:
         """Begin to fill the storage with what was written last."""
-        return self._start(self._read_block, region, storage)
+        address = storage.data_ptr()
+        ctypes.memmove(address, region.head, len(region.head))
+        ctypes.memmove(address + region.nbytes - len(region.tail), region.tail, len(region.tail))
+        return self._start(self._read_block, region, address)
 
     def close(self) -> None:
         """Give the disk's room back. What is under way is ended first."""
@@ -93,52 +115,59 @@ class SwapFile:
             os.close(self._file)
             self._file = -1
 
-    def _start(
-        self, move: Callable[[Region, int, int, int], None], region: Region, storage: torch.UntypedStorage
-    ) -> Transfer:
-        address = storage.data_ptr()
-        starts = range(0, region.nbytes, BLOCK_BYTES)
-        moves = [partial(move, region, number, address, start) for number, start in enumerate(starts)]
+    def _start(self, move: Callable[[Region, int, int, int], None], region: Region, address: int) -> Transfer:
+        body = address + len(region.head)
+        starts = range(0, region.body, BLOCK_BYTES)
+        moves = [partial(move, region, number, body, start) for number, start in enumerate(starts)]
         return Transfer([start_task(self._threads, each) for each in moves])
 
-    def _write_block(self, region: Region, number: int, address: int, start: int) -> None:
-        length = min(BLOCK_BYTES, region.nbytes - start)
-        bounce, where = self._bounce()
-        ctypes.memmove(where, address + start, length)
-        region.digests[number] = xxhash.xxh3_64_intdigest(bounce[:length])
-        padded = -(-length // ALIGNMENT) * ALIGNMENT
+    def _write_block(self, region: Region, number: int, body: int, start: int) -> None:
+        block = _memory(body + start, min(BLOCK_BYTES, region.body - start))
+        region.digests[number] = xxhash.xxh3_64_intdigest(block)
         try:
-            done = os.pwrite(self._file, bounce[:padded], region.offset + start)
+            done = os.pwrite(self._file, block, region.offset + start)
         except OSError as error:
-            raise self._failure(error, f"writing {length} bytes at {region.offset + start}") from error
-        if done != padded:
-            raise OffloadError(f"{self.folder}: only {done} of {padded} bytes could be written to the swap file")
+            raise self._failure(error, f"writing {len(block)} bytes at {region.offset + start}") from error
+        if done != len(block):
+            raise OffloadError(f"{self.folder}: only {done} of {len(block)} bytes could be written to the swap file")
 
-    def _read_block(self, region: Region, number: int, address: int, start: int) -> None:
-        length = min(BLOCK_BYTES, region.nbytes - start)
-        bounce, where = self._bounce()
-        padded = -(-length // ALIGNMENT) * ALIGNMENT
+    def _read_block(self, region: Region, number: int, body: int, start: int) -> None:
+        length, target = min(BLOCK_BYTES, region.body - start), body + start
+        is_straight = target % self._grain == 0
+        block = _memory(target, length) if is_straight else self._bounce()[:length]
         try:
-            done = os.preadv(self._file, [bounce[:padded]], region.offset + start)
+            done = os.preadv(self._file, [block], region.offset + start)
         except OSError as error:
             raise self._failure(error, f"reading {length} bytes at {region.offset + start}") from error
-        if done != padded or xxhash.xxh3_64_intdigest(bounce[:length]) != region.digests[number]:
+        if done != length or xxhash.xxh3_64_intdigest(block) != region.digests[number]:
             raise OffloadError(
                 f"{self.folder}: bytes {region.offset + start} to {region.offset + start + length} of the swap file "
                 "are not what was written there; the disk is broken: go on from a checkpoint"
             )
-        ctypes.memmove(address + start, where, length)
+        if not is_straight:
+            ctypes.memmove(target, address_of(block), length)
 
-    def _bounce(self) -> tuple[memoryview, int]:
-        """This thread's aligned block, and its address."""
+    def _bounce(self) -> memoryview:
+        """This thread's aligned block."""
         if not hasattr(self._local, "block"):
             try:
-                block = page_buffer(BLOCK_BYTES)
+                self._local.block = page_buffer(BLOCK_BYTES)
             except (MemoryError, OSError) as error:
                 raise OffloadError(f"{self.folder}: there is no memory for a transfer: {error}") from error
-            self._local.block = block, address_of(block)
-        found: tuple[memoryview, int] = self._local.block
+        found: memoryview = self._local.block
         return found
+
+    def _smallest_grain(self) -> int:
+        """Of addresses, lengths and offsets, by trying. Raises OffloadError."""
+        block = page_buffer(2 * ALIGNMENT)
+        for grain in (GRAIN, ALIGNMENT):
+            try:
+                os.pwrite(self._file, block[grain : 2 * grain], 0)
+                return grain
+            except OSError as error:
+                if error.errno != errno.EINVAL or grain == ALIGNMENT:
+                    raise self._failure(error, "writing for the first time") from error
+        return ALIGNMENT
 
     def _open(self) -> int:
         try:
@@ -164,3 +193,8 @@ class SwapFile:
 
     def _failure(self, error: OSError, doing: str) -> OffloadError:
         return OffloadError(f"{self.folder}: {error.strerror or error} while {doing} in the swap file")
+
+
+def _memory(address: int, nbytes: int) -> memoryview:
+    """The process's own memory there; it is the caller's to keep it."""
+    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")

@@ -11,6 +11,7 @@ from zerolith.optim import PartitionedOptimizer
 from zerolith.partitioning import REPLICATE, SHARD
 from zerolith.section import Section
 from zerolith.sharded_model import ShardedModel
+from zerolith.unit import Until
 
 # Numbers that an optimizer keeps per element; 1 where none is given.
 STATES = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "Adadelta": 2, "Lamb": 2}
@@ -92,9 +93,10 @@ def _wire_bytes(sharded: ShardedModel, steps: int) -> dict[str, int]:
     partitioning, size = sharded.plan.partitioning, sharded.comm.size
     gather = scatter = 0
     for unit in sharded.units:
-        passes = 1 if unit.stays or unit is sharded.units[-1] else 2  # the last one stays for backward, too
+        stays = unit.until is Until.BACKWARD or unit is sharded.units[-1]  # the last one does for backward, too
+        passes = 1 if unit.until is Until.STEP else steps if stays else 2 * steps
         for section in unit.sections:
-            gathers = passes * steps if partitioning.params is SHARD else 0
+            gathers = passes if partitioning.params is SHARD else 0
             if section.grads is not None:
                 dtype = sharded.plan.precision.reduce_dtype(section.members[0].param.dtype)
                 scatter += section.layout.numel * dtype.itemsize * (1 if partitioning.rests_partial else steps)

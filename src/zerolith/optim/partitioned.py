@@ -13,12 +13,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from zerolith.comm import Comm, agree
+from zerolith.departures import Departures
 from zerolith.errors import OffloadError, UsageError
 from zerolith.gradients import Gradients
 from zerolith.memory import SwapFile
+from zerolith.memory.lane import Copier
 from zerolith.optim.ahead import Ahead
 from zerolith.optim.behind import Behind, alike, can_run_ahead, can_run_behind, has_hooks, options_of
 from zerolith.optim.holdings import Holdings
+from zerolith.optim.norms import fast_squares
 from zerolith.optim.one_pass import OnePass
 from zerolith.section import Section
 
@@ -41,8 +44,11 @@ class PartitionedOptimizer(Holdings):
         terms: Callable[[], float] | None = None,  # given, they begin in backward, and sums are divided by this
         checks: bool = True,  # whether a step is skipped whose gradients are not finite
         splits: bool = False,  # keep masters as what their weights lack, where that can be
+        copier: Copier | None = None,  # between the device and offloaded masters; None where these are beside it
     ) -> None:
         super().__init__(inner, gradients, comm, swap=swap, splits=splits)
+        self._departures = Departures(copier) if copier is not None else None
+        self._is_last = False  # whether the backward under way completes a step's gradients
         self.is_stepping = False
         self._own_hook = inner.register_step_pre_hook(self._refuse_outside)
         self._behind = Behind(comm.device)
@@ -78,6 +84,8 @@ class PartitionedOptimizer(Holdings):
         updates run behind, it is `catch_up` that raises it.
         """
         self._check_groups()
+        if self._departures is not None:
+            self._departures.settle()
         flags_of = dict(zip(self.gradients, used, strict=True))
         is_watched = has_hooks(self.inner, but=self._own_hook)  # who looks on wants to see gradients and the result
         behind = dict.fromkeys(own for own in self.gradients if own.runs_behind and not is_watched)
@@ -122,7 +130,16 @@ class PartitionedOptimizer(Holdings):
         Does not communicate, and leaves what went wrong to `catch_up`. Raises UsageError if a step is due.
         """
         self._behind.settle_all()
+        self._is_last = is_last
         self.ahead.backward_begins(is_last=is_last)
+
+    def summed(self, own: Gradients) -> None:
+        """A section's gradient is reduced: begin its update, or its way to the host, if nothing more is to come."""
+        self.ahead.summed(own)
+        departures = self._departures_of(own)
+        if departures is not None and self._is_last and own not in self.ahead.begun:
+            own.squares = fast_squares(own)
+            _send(own, departures)
 
     def give_up(self) -> bool:
         """Wait for all updates, and forget a step that began some in backward; returns whether a rank had one.
@@ -206,6 +223,9 @@ class PartitionedOptimizer(Holdings):
         following = self.gradients[self.gradients.index(own) + 1 :]  # in backward, most of the time
         after = next((each for each in following if each not in self.ahead.begun), None)
         flags = [True] * len(own.used)
+        departures = self._departures_of(own)
+        if departures is not None:
+            _send(own, departures)
         self._behind.wait_for_room(MOST_AHEAD)
         self._behind.start({own: partial(self._update_one, own, flags, after, options, grad_factor)})
 
@@ -233,6 +253,12 @@ class PartitionedOptimizer(Holdings):
             self.residency.abandon()
             raise
 
+    def _departures_of(self, own: Gradients) -> Departures | None:
+        """Who takes a section's gradient to its masters, if they are far and it is stepped by element."""
+        main = own.section.main
+        is_far = main is not None and own.section.is_offloaded and not main.shares_memory_with(own.section.weights)
+        return self._departures if is_far else None
+
     def _prefetch(self, own: Gradients) -> None:
         if self.split_masters is None:  # else they are made at once, from weights that may change until they are used
             self.residency.prefetch(own)
@@ -257,6 +283,10 @@ class PartitionedOptimizer(Holdings):
         """Step the pieces of some sections with `inner`, which has the options."""
         is_one_pass = isinstance(inner, OnePass)
         for own, flags in used.items():
+            departures = self._departures_of(own)
+            if departures is not None:
+                _send(own, departures)  # unless it is there
+                own.section.landing = own.section.landing or departures.land(own.section.weights)
             if not is_one_pass:
                 own.scale(grad_factor)
             self._set_grads(own, flags)
@@ -303,3 +333,8 @@ class PartitionedOptimizer(Holdings):
         if self.ahead.end():
             logger.error("a backward had begun to update and no step() came: weights are those of two steps")
         super().let_go()
+
+
+def _send(own: Gradients, departures: Departures) -> None:
+    if own.left is None:
+        own.left = departures.send(own.sum.own(), free=own.free_here)

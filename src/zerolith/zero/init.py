@@ -20,8 +20,7 @@ from torch.nn.modules.module import (
 
 from zerolith.comm import Comm, default_comm, init_distributed
 from zerolith.layout import Layout, plan_layout
-from zerolith.parameter import ShardedParameter, refuse
-from zerolith.section import absent
+from zerolith.parameter import ShardedParameter, absent, refuse
 
 OPEN_BYTES = 64 * 2**20
 _active: list[Init] = []  # the outermost context that is open, if there is one

@@ -1,0 +1,238 @@
+"""Gradients on their way to masters in host memory, and weights on their way back: the same bits, whenever copied."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from threading import RLock
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import zerolith
+from harness import run_ranks
+from memory.offload_setup import Late
+from models import assert_same, make_gpt, my_pieces, sgd, train_on, whole_masters, whole_weights
+from overlapping import DATA, config_for, start
+from unusual import CASES, config_for as unusual_config_for, inputs, train_sharded
+from zerolith.departures import MOST
+from zerolith.zero import safe_get_full_grad, safe_set_full_grad
+
+BF16: dict[str, Any] = {"bf16": {"enabled": True}}
+FP16: dict[str, Any] = {"fp16": {"enabled": True, "initial_scale_power": 8}}
+
+
+class LateForAll(Late):
+    """For copies that several threads start and wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = RLock()
+        self.num_started = 0
+
+    def start(self, target: Tensor, source: Tensor) -> object:
+        with self.lock:
+            self.num_started += 1
+            target.fill_(77)  # whoever reads it too early is found out
+            return super().start(target, source)
+
+    def wait(self, copy: object) -> None:
+        with self.lock:
+            super().wait(copy)
+
+    finish = wait
+
+
+@pytest.fixture
+def far(monkeypatch: pytest.MonkeyPatch) -> list[LateForAll]:
+    """As if host memory were far from the device; the copiers of the engines that are made."""
+    copiers: list[LateForAll] = []
+
+    def host_copier(device: torch.device) -> LateForAll:
+        copiers.append(LateForAll())
+        return copiers[-1]
+
+    monkeypatch.setattr("zerolith.placement.host_copier", host_copier)
+    return copiers
+
+
+def near(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("zerolith.placement.host_copier", lambda device: None)
+
+
+def both(far: list[LateForAll], world: int, body: Any, *, copies: bool = True) -> None:
+    """Asserts that `body` gives the same with host memory that is far, and with the device's own."""
+
+    def is_far() -> Any:
+        result = body()
+        assert bool(far[0].num_started) == copies
+        return result
+
+    def is_near() -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            near(patch)
+            return body()
+
+    assert_same(run_ranks(world, is_far), run_ranks(world, is_near))
+
+
+CASES_OF_TRAINING = [
+    (stage, device, overlap, precision)
+    for stage in (1, 2, 3)
+    for device in ("cpu", "nvme")
+    for overlap in ("none", "forward", "backward")
+    for precision in ("bf16", "fp16")
+    if not (overlap == "backward" and precision == "fp16")
+]
+
+
+@pytest.mark.parametrize(("stage", "device", "overlap", "precision"), CASES_OF_TRAINING)
+def test_the_way_to_the_host_changes_no_bit(
+    stage: int, device: str, overlap: str, precision: str, tmp_path: Path, far: list[LateForAll]
+) -> None:
+    def body() -> Any:
+        clip = {} if overlap == "backward" else {"gradient_clipping": 0.5}
+        more = {**(BF16 if precision == "bf16" else FP16), **clip}
+        engine = start(overlap, tmp_path, device=device, stage=stage, **more)
+        losses = train_on(engine, DATA)
+        norm = engine.get_global_grad_norm()
+        result = losses, norm, whole_weights(engine), whole_masters(engine)
+        engine.destroy()
+        return result
+
+    for world in (1, 2):
+        both(far, world, body)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.4])
+def test_those_that_stay_go_nowhere(ratio: float, tmp_path: Path, far: list[LateForAll]) -> None:
+    def body() -> Any:
+        config = config_for("forward", tmp_path, **BF16)
+        config["zero_optimization"]["offload_optimizer"]["ratio"] = ratio
+        engine = zerolith.initialize(model=make_gpt(), config=config)[0]
+        return train_on(engine, DATA), whole_weights(engine)
+
+    both(far, 2, body, copies=ratio > 0)
+
+
+@pytest.mark.parametrize("overlap", ["none", "forward"])
+@pytest.mark.parametrize("name", CASES)
+def test_unusual_modules(name: str, overlap: str, far: list[LateForAll]) -> None:
+    def body() -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        offload = {"offload_optimizer": {"device": "cpu", "overlap": overlap}}
+        config = unusual_config_for(2, zero_optimization=offload, bf16={"enabled": True})
+        return train_sharded(CASES[name]().bfloat16(), sgd, inputs(2).bfloat16(), config)
+
+    both(far, 2, body)
+
+
+def up_to_step(engine: Any, batch: Tensor) -> None:
+    for piece in my_pieces(batch, engine):
+        engine.backward(engine(piece))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_gradients_leave_in_the_backward_that_completes_them(stage: int, tmp_path: Path, far: list[LateForAll]) -> None:
+    def body() -> None:
+        engine = start("none", tmp_path, stage=stage, **BF16)
+        gradients = engine._sharded.gradients
+        first, second = my_pieces(DATA[0], engine)
+        engine.backward(engine(first))
+        assert not far[0].num_started, "another micro-batch's are added on the device"
+        engine.backward(engine(second))
+        assert far[0].num_started == len(gradients)
+        held = [own for own in gradients if own.held()]
+        assert len(held) <= MOST < len(gradients)
+        engine.step()
+        assert not any(own.held() for own in gradients)
+
+    run_ranks(2, body)
+
+
+def test_host_memory_is_used_again_and_given_back(tmp_path: Path, far: list[LateForAll]) -> None:
+    for overlap in ("none", "forward", "backward"):
+        engine = start(overlap, tmp_path, **BF16)
+        train_on(engine, DATA[:2])
+        pool = engine._partitioned._departures._pool
+        allocated = pool.num_allocated
+        for _ in range(3):
+            train_on(engine, DATA)
+        engine._catch_up()
+        assert pool.num_allocated == allocated
+        assert not pool.used_bytes
+        engine.destroy()
+
+
+def read(engine: Any) -> Any:
+    return [safe_get_full_grad(param) for param in engine.module.parameters()]
+
+
+def write(engine: Any) -> None:
+    for param in engine.module.parameters():
+        grad = safe_get_full_grad(param)
+        safe_set_full_grad(param, grad * 3)
+
+
+def go_on(engine: Any) -> None:
+    """Another backward, which nobody has announced."""
+    engine.set_gradient_accumulation_boundary(True)
+    up_to_step(engine, DATA[1])
+
+
+def drop(engine: Any) -> None:
+    engine.zero_grad()
+    up_to_step(engine, DATA[2])
+
+
+def start_over(engine: Any) -> None:
+    engine.reset()
+    up_to_step(engine, DATA[2])
+
+
+@pytest.mark.parametrize("act", [read, write, go_on, drop, start_over])
+@pytest.mark.parametrize("overlap", ["none", "forward"])
+def test_what_is_done_between_backward_and_step(act: Any, overlap: str, tmp_path: Path, far: list[LateForAll]) -> None:
+    def body() -> Any:
+        engine = start(overlap, tmp_path, gradient_clipping=0.5, **BF16)
+        train_on(engine, DATA[:1])
+        up_to_step(engine, DATA[1])
+        seen = act(engine)
+        engine.step()
+        norm = engine.get_global_grad_norm()
+        engine.set_gradient_accumulation_boundary(True)
+        return seen, norm, whole_weights(engine), whole_masters(engine)
+
+    both(far, 2, body)
+
+
+def test_a_checkpoint_before_the_step_has_the_gradients(tmp_path: Path, far: list[LateForAll]) -> None:
+    def body() -> Any:
+        engine = start("forward", tmp_path, **BF16)
+        train_on(engine, DATA[:1])
+        up_to_step(engine, DATA[1])
+        engine.save_checkpoint(tmp_path / "saved")
+        engine.destroy()
+        engine = start("forward", tmp_path, **BF16)
+        engine.load_checkpoint(tmp_path / "saved")
+        engine.step()
+        return train_on(engine, DATA[2:]), whole_weights(engine)
+
+    both(far, 2, body)
+
+
+@pytest.mark.parametrize("factor", [float("nan"), 1e25])
+def test_gradients_that_are_too_large(factor: float, tmp_path: Path, far: list[LateForAll]) -> None:
+    """Not finite: the step is skipped. Finite, with squares that are not: the norm is right all the same."""
+
+    def body() -> Any:
+        engine = start("none", tmp_path, gradient_clipping=0.5, **BF16)
+        train_on(engine, DATA[:1])
+        for piece in my_pieces(DATA[1], engine):
+            engine.backward(engine(piece) * factor)
+        engine.step()
+        norm = engine.get_global_grad_norm()
+        return engine.skipped_steps, norm, train_on(engine, DATA[2:]), whole_weights(engine)
+
+    both(far, 2, body)
