@@ -15,6 +15,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 
 import torch
 import xxhash
@@ -37,15 +38,20 @@ class Region:
 
 
 class Transfer:
-    """Reads or writes under way. `wait()` ends them and raises OffloadError if one has failed."""
+    """Reads or writes under way, each of which tells when it ended.
 
-    def __init__(self, futures: Sequence[Future[None]]) -> None:
+    `wait()` ends them and raises OffloadError if one has failed.
+    """
+
+    def __init__(self, futures: Sequence[Future[float]], *, began: float) -> None:
+        self.seconds: float | None = None  # from the beginning to the end of the last, once they were waited for
         self._futures = futures
+        self._began = began
 
     def wait(self) -> None:
         wait(self._futures)
-        for future in self._futures:
-            future.result()
+        ended = [future.result() for future in self._futures]
+        self.seconds = max(ended, default=self._began) - self._began
 
 
 class SwapFile:
@@ -98,8 +104,9 @@ class SwapFile:
     ) -> Transfer:
         address = storage.data_ptr()
         starts = range(0, region.nbytes, BLOCK_BYTES)
-        moves = [partial(move, region, number, address, start) for number, start in enumerate(starts)]
-        return Transfer([start_task(self._threads, each) for each in moves])
+        began = perf_counter()
+        moves = [partial(_timed, partial(move, region, number, address, start)) for number, start in enumerate(starts)]
+        return Transfer([start_task(self._threads, each) for each in moves], began=began)
 
     def _write_block(self, region: Region, number: int, address: int, start: int) -> None:
         length = min(BLOCK_BYTES, region.nbytes - start)
@@ -164,3 +171,9 @@ class SwapFile:
 
     def _failure(self, error: OSError, doing: str) -> OffloadError:
         return OffloadError(f"{self.folder}: {error.strerror or error} while {doing} in the swap file")
+
+
+def _timed(move: Callable[[], None]) -> float:
+    """When it ended, as told by `perf_counter`."""
+    move()
+    return perf_counter()
