@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "layout", "partitioning", "config"),  # 0: pure
     ("comm", "memory", "precision", "kernels"),  # 1: one process and its surroundings
     ("forward", "outputs", "buffer", "redistribute", "parameter", "member", "section"),  # 2: sharded storage
-    ("unit", "schedule", "gradients", "wrap", "hooks", "sharded_model"),  # 3: the ZeRO mechanism
+    ("unit", "schedule", "pace", "gradients", "wrap", "hooks", "sharded_model"),  # 3: the ZeRO mechanism
     ("optim",),  # 4: optimizers
     ("zero", "checkpointing", "checkpoint", "integrity"),  # 5: what composes with units
     (
