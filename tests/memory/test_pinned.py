@@ -27,11 +27,11 @@ import zerolith.placement
 from models import assert_same, make_gpt, token_batches, train_on, whole_weights, zero_config
 from zerolith.checkpointing import checkpoint, reset
 from zerolith.errors import OffloadError
-from zerolith.memory import HostStore, StagedSwap, Store, SwapFile, host_store, lane, pinned
+from zerolith.memory import HostStore, Residency, StagedSwap, Store, SwapFile, host_store, lane, locked_bytes, pinned
 from zerolith.memory.away import Away
 from zerolith.memory.lane import AtOnce
 from zerolith.memory.pages import HUGE_PAGE_BYTES
-from zerolith.memory.pinned import host_bytes, locked_bytes
+from zerolith.memory.pinned import host_bytes
 from zerolith.memory.pool import HostPool
 
 CPU = torch.device("cpu")
@@ -358,6 +358,50 @@ def test_an_engine_locks_what_it_needs_and_unlocks_all_of_it(
     assert cuda.num_calls == num_calls, "memory is locked once, and used again"
     assert_same((losses, more, whole_weights(engine)), expected)
     engine.destroy()
+    gc.collect()
+    assert cuda.locked == {}
+
+
+class Keeper:
+    """Two tensors, which nobody else sees."""
+
+    def __init__(self) -> None:
+        self.tensors = [torch.arange(1000), torch.ones(7)]
+
+    def kept(self, own: str) -> list[Tensor]:
+        return self.tensors
+
+    def show(self, own: str) -> None:
+        pass
+
+    hide = show
+
+
+def test_reads_that_find_no_room_are_made_again_when_there_is(
+    cuda: Cuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_store, "copier_for", lambda device: Locked())
+    store, keeper = StagedSwap(SwapFile(tmp_path), CPU), Keeper()
+    residency: Residency[str] = Residency(store, keeper)
+    with residency.resident("both"):
+        pass
+    residency.settle()
+    store._pool.clear()
+    register = cuda.cudaHostRegister
+
+    def scarce(address: int, nbytes: int, flags: int) -> int:
+        cuda.full = len(cuda.locked) == 1  # the first has been read by then
+        return register(address, nbytes, flags)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda, "cudaHostRegister", scarce)
+        with pytest.raises(OffloadError, match="no room"):
+            residency.prefetch("both")
+    cuda.full = False
+    with residency.readable("both"):
+        assert keeper.tensors[0].equal(torch.arange(1000))
+        assert keeper.tensors[1].equal(torch.ones(7))
+    residency.close()
     gc.collect()
     assert cuda.locked == {}
 

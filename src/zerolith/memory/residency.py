@@ -166,10 +166,15 @@ class Residency(Generic[K]):
             return
         self._settle_all(own)
         reads: list[Moving] = []
+        try:
+            for held in self._held[own].values():
+                held.allocate()
+                reads.append(self._store.read(held.region, held.storage))
+        except OffloadError:
+            with suppress(OffloadError):
+                wait_for_all(reads)  # they use memory; whoever asks again gets all of it read again
+            raise
         self._reads[own] = reads
-        for held in self._held[own].values():
-            held.allocate()
-            reads.append(self._store.read(held.region, held.storage))
 
     @contextmanager
     def readable(self, own: K) -> Iterator[None]:
