@@ -22,6 +22,7 @@ from models import assert_same, whole_weights, zero_config
 from plain import world_size
 from zerolith.memory import SwapFile
 from zerolith.pace import FIRST, MOST, Pace, units_ahead
+from zerolith.zero import GatheredParameters
 
 TIMES = st.integers(0, 10**10)  # nanoseconds
 SECONDS = st.floats(0, allow_nan=False)
@@ -162,6 +163,23 @@ def test_more_is_read_ahead_where_reads_are_slow_and_never_more_than_eight(tmp_p
         assert pace.ahead == ahead
         most[ahead] = max(seen)
     assert most == {ahead: ahead for ahead in most}, "the one in use has let its shards go"
+    engine.destroy()
+
+
+def test_units_that_are_whole_already_say_nothing(tmp_path: Path) -> None:
+    store, clock = Slow(tmp_path), Clock()
+    engine = start(store, clock)
+    train(engine, 2)
+    store.read_s = 1000.0
+    with torch.no_grad():
+        with GatheredParameters(list(engine.module.parameters())):
+            engine(torch.randn(4, WIDTH))
+        engine(torch.randn(4, WIDTH))  # at its start, the last pass decides
+        gatherer = engine._sharded.gatherer
+        pace = gatherer._paces[gatherer._forward_order]
+        assert pace.ahead == 2
+        engine(torch.randn(4, WIDTH))
+        assert pace.ahead == MOST
     engine.destroy()
 
 

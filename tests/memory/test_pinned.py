@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,37 @@ def test_what_cannot_be_unlocked_stays_mapped(cuda: Cuda, caplog: pytest.LogCapt
     cuda.locked.clear()
 
 
+def test_the_device_is_waited_for_before_memory_goes_and_its_last_error_is_taken(
+    cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    def on(device: int) -> AbstractContextManager[None]:
+        events.append(f"on {device}")
+        return nullcontext()
+
+    def told(name: str) -> Callable[..., int]:
+        method = getattr(Cuda, name)
+        return lambda *args: (events.append(name), method(cuda, *args))[1]
+
+    for name in ("cudaHostRegister", "cudaHostUnregister"):
+        monkeypatch.setattr(cuda, name, told(name))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("wait"))
+    monkeypatch.setattr(torch, "ones", lambda size, device: events.append(f"a kernel on {device}"))
+    tensor = host_bytes(PAGE, pinned=True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)  # of the thread that collects garbage
+    del tensor
+    assert events == ["on 3", "cudaHostRegister", "on 3", "wait", "cudaHostUnregister"]
+    events.clear()
+    cuda.full = True
+    with pytest.raises(OffloadError):
+        host_bytes(PAGE, pinned=True)
+    assert events == ["on 0", "cudaHostRegister", "a kernel on cuda:0"]
+
+
 def test_threads_may_take_and_drop_it_at_once(cuda: Cuda) -> None:
     kept: list[Tensor] = []
     start = threading.Barrier(4)
@@ -233,13 +265,14 @@ def test_a_child_leaves_its_parents_memory_alone(cuda: Cuda) -> None:
 
     def body() -> bool:
         before = cuda.num_calls
+        is_new = locked_bytes() == 0
         is_alone = not is_mapped(address) or not hasattr(mmap, "MADV_DONTFORK")
         others = [host_bytes(PAGE, pinned=True) for _ in range(50)]  # some may come to lie where the parent's was
         is_counted = locked_bytes() == 50 * PAGE
         tensors.clear()
         gc.collect()
         is_kept = locked_bytes() == 50 * PAGE and all(is_mapped(other.data_ptr()) for other in others)
-        return is_alone and is_counted and is_kept and cuda.num_calls == before + 50
+        return is_new and is_alone and is_counted and is_kept and cuda.num_calls == before + 50
 
     cuda.locked.clear()  # the child's may have the same address
     assert in_child(body)
@@ -317,15 +350,19 @@ class Locked(AtOnce):
     needs_pinned = True
 
     def __init__(self) -> None:
-        self.num_started = 0
+        self.sources: list[int] = []  # addresses, of all copies
 
     def start(self, target: Tensor, source: Tensor) -> int:
         target.copy_(source)
-        self.num_started += 1
-        return self.num_started
+        self.sources.append(source.data_ptr())
+        return len(self.sources)
 
     def is_done(self, copy: int) -> bool:
-        return copy + 2 <= self.num_started
+        return copy + 2 <= len(self.sources)
+
+    def reads(self, buffer: Tensor) -> bool:
+        """Whether a copy that is not done reads the buffer."""
+        return buffer.data_ptr() in self.sources[-2:]
 
 
 STORES: dict[str, Callable[[Path], Store]] = {
@@ -343,8 +380,17 @@ def test_an_engine_locks_what_it_needs_and_unlocks_all_of_it(
     plain = zerolith.initialize(model=make_gpt(), config=config)[0]
     expected = train_on(plain, data), train_on(plain, data), whole_weights(plain)
     plain.destroy()
-    monkeypatch.setattr(host_store, "copier_for", lambda device: Locked())
-    monkeypatch.setattr(zerolith.placement, "_weights_store", lambda *_: STORES[where](tmp_path))
+    copier, take = Locked(), HostPool.take
+
+    def take_one_that_is_free(pool: HostPool, nbytes: int) -> Tensor:
+        buffer = take(pool, nbytes)
+        assert not copier.reads(buffer)
+        return buffer
+
+    monkeypatch.setattr(HostPool, "take", take_one_that_is_free)
+    monkeypatch.setattr(host_store, "copier_for", lambda device: copier)
+    store = STORES[where](tmp_path)
+    monkeypatch.setattr(zerolith.placement, "_weights_store", lambda *_: store)
     engine = zerolith.initialize(model=make_gpt(), config=config)[0]
     losses = train_on(engine, data)
     num_locked = len(cuda.locked)
