@@ -18,7 +18,7 @@ from plain import STAGES
 from zerolith.errors import OffloadError, UsageError
 from zerolith.lending import KINDS
 from zerolith.memory.away import Away
-from zerolith.memory.host_store import host_bytes
+from zerolith.memory.pinned import host_bytes
 from zerolith.zero import (
     safe_get_full_fp32_param,
     safe_get_full_grad,

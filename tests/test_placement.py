@@ -6,6 +6,7 @@ import logging
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ import zerolith
 from harness import run_ranks
 from models import make_gpt, token_batches, train_on
 from zerolith import placement
+from zerolith.config import load_config
 from zerolith.errors import OffloadError, ZerolithError
 from zerolith.memory import memory_of_host
+from zerolith.precision import Precision
 
 NUMEL = sum(param.numel() for param in make_gpt().parameters())
 Usage = namedtuple("Usage", "total used free")
@@ -62,6 +65,27 @@ def test_states_and_weights_count_together(monkeypatch: pytest.MonkeyPatch) -> N
     host_with(monkeypatch, 14 * NUMEL - 1, 14 * NUMEL)
     with pytest.raises(OffloadError, match="to be offloaded"):
         start(zero)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_weights_that_are_page_locked_leave_a_tenth_of_the_host(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(
+        {"train_batch_size": 1, "zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
+    )
+    member = SimpleNamespace(param=torch.empty(9000, device="meta"), trained=True)
+    comm = SimpleNamespace(size=1, device=torch.device(device))
+
+    def check() -> None:
+        placement.check_room(config, [member], Precision(), None, comm)
+
+    host_with(monkeypatch, 40_000, 40_000)
+    check()
+    host_with(monkeypatch, 39_999, 40_000)
+    if device == "cpu":
+        check()  # the host is the device
+    else:
+        with pytest.raises(OffloadError, match=r"page-locked in its memory, .* 10% of it must be left .* nvme"):
+            check()
 
 
 def test_what_is_not_offloaded_needs_no_room(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,13 @@ def reset() -> None:
     _configured.clear()
 
 
+def drop_idle_memory() -> None:
+    """Let the host memory go that `checkpoint` has kept for the next tensors. What is saved stays."""
+    for options in _configured:
+        if options.offload is not None:
+            options.offload.drop_idle_memory()
+
+
 def checkpoint(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """function(*args, **kwargs), whose activations are computed again in backward. Tensors may be at any depth.
 

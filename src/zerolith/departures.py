@@ -8,7 +8,6 @@ them to a landing, in the dtype of the weights, and they are sent from there.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable
 from threading import Lock
@@ -68,8 +67,7 @@ class Departures:
 
     def __init__(self, copier: Copier) -> None:
         self._copier = copier
-        self._pool = HostPool(pinned=copier.needs_pinned)
-        self._pool.keeps = math.inf  # the same shards come in every step
+        self._pool = HostPool(pinned=copier.needs_pinned, most_kept=2.0)  # shards of the same sizes come in every step
         self._lock = Lock()  # of the pool: weights come back by another thread
         self._leaving: deque[tuple[Departed, Callable[[Departed], None]]] = deque()
 

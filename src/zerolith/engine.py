@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from zerolith.batches import terms_of_a_sum
 from zerolith.checkpoint import Sharded
+from zerolith.checkpointing import drop_idle_memory
 from zerolith.checkpoints import WEIGHTS
 from zerolith.comm import CommsLog
 from zerolith.config import Config
@@ -317,6 +318,7 @@ class Engine(Lending):
         ended = self._finalizer.detach()
         if ended is not None:
             let_go(*ended[2])
+            drop_idle_memory()  # here, where nobody is in the midst of a checkpoint
         self._partitioned = self.optimizer = self.basic_optimizer = self.lr_scheduler = self.training_dataloader = None
 
     def __getattr__(self, name: str) -> Any:

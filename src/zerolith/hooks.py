@@ -32,12 +32,12 @@ from torch import Tensor, nn
 
 from zerolith.errors import UsageError
 from zerolith.outputs import has_history, on_gradient, tensors_in
+from zerolith.pace import Pace
 from zerolith.parameter import ShardedParameter, refuse
 from zerolith.schedule import Order
-from zerolith.unit import Unit, Until
+from zerolith.unit import Phase, Unit, Until
 
 logger = logging.getLogger("zerolith")
-READ_AHEAD = 3  # units whose shards are brought from where they rest: the next one, and those behind it
 
 
 def graph_task() -> int:
@@ -80,6 +80,7 @@ class Gatherer:
         self._when_done = when_done
         self._numbers = {unit: number for number, unit in enumerate(units)}
         self._forward_order, self._backward_order = Order(), Order()
+        self._paces = {order: Pace() for order in (self._forward_order, self._backward_order)}
         self._clock = itertools.count(1)
         self._running = threading.local()  # see `_calls`
         self._open: list[Call] = []  # calls whose backward has begun
@@ -136,7 +137,7 @@ class Gatherer:
         if graph_task() not in self._tasks:
             self._open.clear()
             self._tasks.clear()
-            self._backward_order.restart()
+            self._restart(self._backward_order)
 
     def end_backward(self) -> None:
         """Release what need not stay whole until the step: nothing computes before the next forward."""
@@ -200,7 +201,7 @@ class Gatherer:
 
     def _pre_forward(self, module: nn.Module) -> None:
         if not self._calls and not in_backward():
-            self._forward_order.restart()
+            self._restart(self._forward_order)
             if torch.is_grad_enabled():  # another thread may only look on, while this one is in a backward
                 self._open.clear()  # of a backward that failed
                 self._tasks.clear()
@@ -283,7 +284,7 @@ class Gatherer:
         if task in self._tasks:
             return
         if not self._tasks:
-            self._backward_order.restart()
+            self._restart(self._backward_order)
             self._is_differentiated = torch.is_grad_enabled()
             self._keeping = self._keeping or self._is_differentiated
         self._tasks.append(task)
@@ -311,21 +312,34 @@ class Gatherer:
             if self._awaited[unit] <= 0:
                 self._when_done(unit)
 
+    def _restart(self, order: Order) -> None:
+        order.restart()
+        self._paces[order].restart()
+
     @torch.no_grad()
     def _gather(self, unit: Unit) -> None:
         if not unit.is_sharded:
             return
         order = self._backward_order if in_backward() else self._forward_order
+        pace = self._paces[order]
         following = order.visit(self._numbers[unit])
-        unit.gather()
-        if self.prefetch and following is not None:
-            # What is being updated is not waited for before this unit computes. The flag is the same on every rank.
-            ahead = [self.units[number] for number in dict.fromkeys([following, *order.expected(READ_AHEAD)])]
-            ahead = list(itertools.takewhile(lambda each: not each.is_behind, ahead))
-            for each in ahead[:1]:
-                each.start_gather()
-            for each in ahead:
-                each.read_ahead()
+        was_whole = unit.phase is Phase.GATHERED
+        with pace.waiting():
+            unit.gather()
+            if self.prefetch and following is not None:
+                self._look_ahead([following, *order.expected(pace.ahead)])
+        if not was_whole:
+            pace.use(read_s=unit.read_seconds)
+
+    def _look_ahead(self, numbers: Sequence[int]) -> None:
+        """Gather the first of these units while the one at hand computes, and begin to read all of them."""
+        # What is being updated is not waited for before this unit computes. The flag is the same on every rank.
+        ahead = [self.units[number] for number in dict.fromkeys(numbers)]
+        ahead = list(itertools.takewhile(lambda each: not each.is_behind, ahead))
+        for each in ahead[:1]:
+            each.start_gather()
+        for each in ahead:
+            each.read_ahead()
 
     def _release_unused(self) -> None:
         for unit in self.units if not self._keeping else ():

@@ -25,6 +25,7 @@ from zerolith.optim import original
 from zerolith.precision import Precision
 
 logger = logging.getLogger("zerolith")
+LEFT_SHARE = 0.1  # of a host's memory, which page-locked memory leaves to everybody else: it cannot be swapped out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +78,8 @@ def check_room(
         if offload.device == "nvme":
             _check_disk(Path(offload.nvme_path or "").absolute(), what, needed)
         in_memory += needed if offload.device == "cpu" else 0.0
-    _check_memory(in_memory)
+    locks = zero.offload_param.device == "cpu" and comm.device.type == "cuda"  # states are stepped where they are
+    _check_memory(in_memory, page_locked=weights / comm.size * here if locks else 0.0)
 
 
 def _check_disk(folder: Path, what: str, needed: float) -> None:
@@ -92,7 +94,7 @@ def _check_disk(folder: Path, what: str, needed: float) -> None:
         )
 
 
-def _check_memory(needed: float) -> None:
+def _check_memory(needed: float, *, page_locked: float) -> None:
     memory = memory_of_host()
     if memory is None:
         return
@@ -100,6 +102,12 @@ def _check_memory(needed: float) -> None:
         raise OffloadError(
             f"{_gb(needed)} of this host's ranks are to be offloaded to its memory, which is {_gb(memory[0])}; offload "
             "a smaller ratio, use more hosts, or offload to nvme"
+        )
+    if page_locked > (1 - LEFT_SHARE) * memory[0]:
+        raise OffloadError(
+            f"{_gb(page_locked)} of weights of this host's ranks are to be page-locked in its memory, which is "
+            f"{_gb(memory[0])}, and {LEFT_SHARE:.0%} of it must be left to everybody else; use more hosts, or offload "
+            "weights to nvme"
         )
     if needed > memory[1]:
         message = "%s are to be offloaded to this host's memory, of which only %s are free"

@@ -82,6 +82,12 @@ class Unit:
             for section in self.sections:
                 section.read_ahead()
 
+    @property
+    def read_seconds(self) -> float | None:
+        """How long its shards' last read took; None if nobody knows. Its sections are read at the same time."""
+        times = [section.plan.residency.read_seconds(section) for section in self.sections]
+        return max((each for each in times if each is not None), default=None)
+
     def gather(self) -> None:
         """Make the parameters whole and put them into their modules. Collective unless they are whole already.
 

@@ -33,7 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "member",
         "section",
     ),  # 2: sharded storage
-    ("unit", "schedule", "term", "gradients", "wrap", "hooks", "sharded_model"),  # 3: the ZeRO mechanism
+    ("unit", "schedule", "pace", "term", "gradients", "wrap", "hooks", "sharded_model"),  # 3: the ZeRO mechanism
     ("optim",),  # 4: optimizers
     ("zero", "checkpointing", "checkpoint", "integrity"),  # 5: what composes with units
     (

@@ -50,3 +50,35 @@ def test_a_pool_that_goes_takes_its_idle_buffers_along() -> None:
     pool.give_back(buffer)
     del buffer, pool
     assert seen() is None
+
+
+def test_a_pool_that_is_cleared_keeps_what_is_lent() -> None:
+    pool = HostPool(pinned=False)
+    lent, idle = pool.take(8), pool.take(16)
+    pool.give_back(idle)
+    pool.clear()
+    assert (pool.used_bytes, pool.idle_bytes) == (8, 0)
+    pool.give_back(lent)
+    assert pool.take(8).data_ptr() == lent.data_ptr()
+
+
+def test_one_that_is_a_little_larger_is_lent_too_and_comes_back_whole() -> None:
+    pool = HostPool(pinned=False)
+    first = pool.take(100)
+    pool.give_back(first)
+    for size in (99, 50, 100):
+        lent = pool.take(size)
+        assert (lent.shape, lent.data_ptr(), pool.used_bytes) == ((size,), first.data_ptr(), 100)
+        pool.give_back(lent)
+    assert pool.take(49).data_ptr() != first.data_ptr(), "it would be more than twice as large"
+
+
+def test_a_pool_may_keep_more_than_was_in_use() -> None:
+    pool = HostPool(pinned=False, most_kept=2.0)
+    for size in (100, 10, 100, 10, 90):
+        pool.give_back(pool.take(size))
+    assert (pool.num_allocated, pool.used_bytes, pool.idle_bytes) == (2, 0, 110)
+    pool.give_back(pool.take(201))
+    assert (pool.used_bytes, pool.idle_bytes) == (0, 311)
+    pool.give_back(pool.take(300))
+    assert (pool.used_bytes, pool.idle_bytes) == (0, 300 + 201), "those of 10 and of 100 bytes had to go"

@@ -6,5 +6,6 @@ from zerolith.memory.host import (
     resident_bytes as resident_bytes,
 )
 from zerolith.memory.host_store import HostStore as HostStore, StagedSwap as StagedSwap
+from zerolith.memory.pinned import locked_bytes as locked_bytes
 from zerolith.memory.residency import Residency as Residency, Store as Store
 from zerolith.memory.swap import Region as Region, SwapFile as SwapFile, Transfer as Transfer

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Set
 import torch
 from torch import Tensor
 
-from zerolith.memory.host_store import bytes_of, host_bytes
+from zerolith.memory.host_store import bytes_of
+from zerolith.memory.pinned import host_bytes
 
 
 class Away:
@@ -46,16 +47,15 @@ class Away:
     @torch.no_grad()
     def bring_back(self) -> None:
         """Give every storage its memory and bytes again. Raises RuntimeError where there is no room; call it again."""
-        devices = set()
+        brought = []  # until the device has read them: to let one go would wait for it
         try:
             while self._copies:
                 storage, copy = self._copies[-1]
                 storage.resize_(copy.nbytes)
                 bytes_of(storage).copy_(copy, non_blocking=self.pinned)
-                devices.add(storage.device)
-                self._copies.pop()
+                brought.append(self._copies.pop())
         finally:
-            _wait(devices)
+            _wait({storage.device for storage, _ in brought})
 
 
 def _wait(devices: Iterable[torch.device]) -> None:

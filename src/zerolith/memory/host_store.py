@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from zerolith.errors import OffloadError
-from zerolith.memory.lane import AtOnce, Beside, Copier
-from zerolith.memory.swap import Region, SwapFile
+from zerolith.memory.lane import AtOnce, Beside, Copier, Copy
+from zerolith.memory.pinned import host_bytes
+from zerolith.memory.pool import HostPool
+from zerolith.memory.swap import Region, SwapFile, Transfer
 
 
 @dataclass(eq=False)
@@ -22,15 +23,35 @@ class HostRegion:
 
 
 class Copied:
-    """A copy under way. `wait()` lets what the device is given from then on run after it; `held` stays until then."""
+    """A copy under way. `wait()` lets what the device is given from then on run after it."""
 
-    def __init__(self, wait: Callable[[], None], *, held: Tensor | None = None) -> None:
+    seconds: float | None = None  # the device copies by itself, and this process does not see the end
+
+    def __init__(self, wait: Callable[[], None]) -> None:
         self._wait = wait
-        self._held = held
 
     def wait(self) -> None:
         self._wait()
-        self._held = None
+
+
+class Staged:
+    """A transfer between a file and `buffer`, which `finish` takes when it has come to a good end."""
+
+    def __init__(self, transfer: Transfer, buffer: Tensor, finish: Callable[[Tensor], None]) -> None:
+        self._transfer = transfer
+        self._buffer: Tensor | None = buffer
+        self._finish = finish
+
+    @property
+    def seconds(self) -> float | None:
+        """From beginning to end of the file's part, once it has been waited for."""
+        return self._transfer.seconds
+
+    def wait(self) -> None:
+        buffer, self._buffer = self._buffer, None  # the file's threads know its address only
+        self._transfer.wait()
+        if buffer is not None:
+            self._finish(buffer)
 
 
 class HostStore:
@@ -63,13 +84,16 @@ class HostStore:
 
 
 class StagedSwap:
-    """A swap file for tensors of a device: they pass through host memory of their own."""
+    """A swap file for tensors of a device: they pass through host memory, which is used again and again."""
 
     place = "on disk"
 
     def __init__(self, swap: SwapFile, device: torch.device) -> None:
         self._swap = swap
         self._copier = copier_for(device)
+        # What is in use is now of one size and now of another: to keep no more would be to lock memory again and again.
+        self._pool = HostPool(pinned=self._copier.needs_pinned, most_kept=2.0)
+        self._in_flight: list[tuple[Copy, Tensor]] = []  # buffers that copies to the device may still read
 
     @property
     def nbytes(self) -> int:
@@ -79,27 +103,33 @@ class StagedSwap:
         """A new region, with room reserved on the disk. Raises OffloadError."""
         return self._swap.add(nbytes)
 
-    def write(self, region: Region, storage: torch.UntypedStorage) -> Copied:
+    def write(self, region: Region, storage: torch.UntypedStorage) -> Staged:
         """Begin to write the storage, which is free when this returns."""
-        staged = host_bytes(region.nbytes, pinned=self._copier.needs_pinned)
+        staged = self._take(region.nbytes)
         staged.copy_(bytes_of(storage))  # waits: the file's threads know nothing of streams
-        transfer = self._swap.write(region, staged.untyped_storage())
-        return Copied(transfer.wait, held=staged)
+        return Staged(self._swap.write(region, staged.untyped_storage()), staged, self._pool.give_back)
 
-    def read(self, region: Region, storage: torch.UntypedStorage) -> Copied:
+    def read(self, region: Region, storage: torch.UntypedStorage) -> Staged:
         """Begin to read what was written last; waiting for it fills the storage."""
-        staged = host_bytes(region.nbytes, pinned=self._copier.needs_pinned)
-        transfer = self._swap.read(region, staged.untyped_storage())
+        staged = self._take(region.nbytes)
 
-        def finish() -> None:
-            transfer.wait()
-            self._copier.wait(self._copier.start(bytes_of(storage), staged))
+        def fill(buffer: Tensor) -> None:
+            copy = self._copier.start(bytes_of(storage), buffer)
+            self._copier.wait(copy)
+            self._in_flight.append((copy, buffer))
 
-        return Copied(finish)
+        return Staged(self._swap.read(region, staged.untyped_storage()), staged, fill)
 
     def close(self) -> None:
-        """Give the disk's room back."""
+        """Give the disk's room and the host memory back."""
         self._swap.close()
+        self._in_flight.clear()
+        self._pool.clear()
+
+    def _take(self, nbytes: int) -> Tensor:
+        while self._in_flight and self._copier.is_done(self._in_flight[0][0]):  # they come to their ends in order
+            self._pool.give_back(self._in_flight.pop(0)[1])
+        return self._pool.take(nbytes)
 
 
 def copier_for(device: torch.device) -> Copier:
@@ -110,11 +140,3 @@ def copier_for(device: torch.device) -> Copier:
 def bytes_of(storage: torch.UntypedStorage) -> Tensor:
     """The storage's bytes as a tensor over the same memory."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-
-
-def host_bytes(nbytes: int, *, pinned: bool) -> Tensor:
-    """Host memory, page-locked if told. Raises OffloadError if there is none."""
-    try:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
-    except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError where there is no memory
-        raise OffloadError(f"the host has no room for {nbytes} bytes that are to be offloaded: {error}") from error

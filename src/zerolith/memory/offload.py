@@ -117,6 +117,11 @@ class Offload:
         """A new block, after all others."""
         return Block(self)
 
+    def drop_idle_memory(self) -> None:
+        """Let the host memory go that waits for the next tensors."""
+        for lane in self.lanes.values():
+            lane.pool.clear()
+
     def _send(self, block: Block, tensor: Tensor) -> Parcel:
         if block.number == 0:
             block.number = next(self._numbers)

@@ -1,4 +1,4 @@
-"""Transfers past the page cache (O_DIRECT): what they ask of descriptors, addresses and lengths."""
+"""Memory in whole pages, and transfers past the page cache (O_DIRECT), which ask for it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ from contextlib import suppress
 ALIGNMENT = 4096  # bytes: of file offsets, lengths and addresses
 HUGE_PAGE_BYTES = 2 * 2**20
 _DIRECT: int = getattr(os, "O_DIRECT", 0)  # macOS has none
+_FAILED = ctypes.c_void_p(-1).value
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)  # off_t, with 64 bits
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 def set_direct(file: int, wanted: bool) -> bool:
@@ -45,3 +52,32 @@ def page_buffer(nbytes: int) -> memoryview:
 def address_of(memory: memoryview) -> int:
     """Where writable memory begins; the view must be kept while the address is used."""
     return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+def map_pages(nbytes: int) -> int:
+    """Address of memory of this process alone: a child that is forked has a hole there.
+
+    `nbytes` is a multiple of the page; whole huge pages in it are such where there are any. Raises OSError if there is
+    no memory. It stays until `unmap_pages`, whoever forgets it.
+    """
+    whole = nbytes // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+    slack = HUGE_PAGE_BYTES if whole else 0
+    kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    mapped = _libc.mmap(None, nbytes + slack, mmap.PROT_READ | mmap.PROT_WRITE, kind, -1, 0)
+    if mapped == _FAILED:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    before = -mapped % HUGE_PAGE_BYTES if whole else 0
+    start = mapped + before
+    unmap_pages(mapped, before)
+    unmap_pages(start + nbytes, slack - before)
+    for name, length in (("MADV_HUGEPAGE", whole), ("MADV_DONTFORK", nbytes)):
+        if hasattr(mmap, name) and length:
+            _libc.madvise(start, length, getattr(mmap, name))  # a kernel without it goes on as it does
+    return start
+
+
+def unmap_pages(address: int, nbytes: int) -> None:
+    """Give memory of `map_pages` back, which nobody may touch from then on."""
+    if nbytes:
+        _libc.munmap(address, nbytes)

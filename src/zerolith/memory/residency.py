@@ -25,6 +25,11 @@ K_contra = TypeVar("K_contra", contravariant=True)
 class Moving(Protocol):
     """Reads or writes under way."""
 
+    @property
+    def seconds(self) -> float | None:
+        """From the beginning to the end, once they were waited for; None where this process does not see the end."""
+        ...
+
     def wait(self) -> None:
         """Let them end. Raises OffloadError if one has failed."""
         ...
@@ -129,6 +134,7 @@ class Residency(Generic[K]):
         self._writes: list[tuple[list[_Held], list[Moving]]] = []  # under way, the oldest first
         self._depth: dict[K, int] = {}  # users of what is in memory
         self._written: set[K] = set()  # in memory; the store has older values
+        self._took: dict[K, float] = {}  # seconds, from the beginning to the end of the last read
 
     @property
     def is_swapped(self) -> bool:
@@ -149,6 +155,10 @@ class Residency(Generic[K]):
         """Bytes in the store."""
         return self._store.nbytes if self._store is not None else 0
 
+    def read_seconds(self, own: K) -> float | None:
+        """How long a section's last read took, from its beginning to its end; None if nobody knows."""
+        return self._took.get(own)
+
     @_in_turn
     def prefetch(self, own: K) -> None:
         """Begin to bring a section's tensors into memory."""
@@ -156,10 +166,15 @@ class Residency(Generic[K]):
             return
         self._settle_all(own)
         reads: list[Moving] = []
+        try:
+            for held in self._held[own].values():
+                held.allocate()
+                reads.append(self._store.read(held.region, held.storage))
+        except OffloadError:
+            with suppress(OffloadError):
+                wait_for_all(reads)  # they use memory; whoever asks again gets all of it read again
+            raise
         self._reads[own] = reads
-        for held in self._held[own].values():
-            held.allocate()
-            reads.append(self._store.read(held.region, held.storage))
 
     @contextmanager
     def readable(self, own: K) -> Iterator[None]:
@@ -236,7 +251,11 @@ class Residency(Generic[K]):
         depth = self._depth.get(own, 0)
         if not depth:
             self.prefetch(own)
-            wait_for_all(self._reads.pop(own, []))
+            reads = self._reads.pop(own, [])
+            wait_for_all(reads)
+            known = [each.seconds for each in reads if each.seconds is not None]
+            if known:
+                self._took[own] = max(known)
             if own in self._held:
                 self._keeper.show(own)
         self._depth[own] = depth + 1

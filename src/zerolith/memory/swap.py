@@ -20,6 +20,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 
 import torch
 import xxhash
@@ -50,15 +51,20 @@ class Region:
 
 
 class Transfer:
-    """Reads or writes under way. `wait()` ends them and raises OffloadError if one has failed."""
+    """Reads or writes under way, each of which tells when it ended.
 
-    def __init__(self, futures: Sequence[Future[None]]) -> None:
+    `wait()` ends them and raises OffloadError if one has failed.
+    """
+
+    def __init__(self, futures: Sequence[Future[float]], *, began: float) -> None:
+        self.seconds: float | None = None  # from the beginning to the end of the last, once they were waited for
         self._futures = futures
+        self._began = began
 
     def wait(self) -> None:
         wait(self._futures)
-        for future in self._futures:
-            future.result()
+        ended = [future.result() for future in self._futures]
+        self.seconds = max(ended, default=self._began) - self._began
 
 
 class SwapFile:
@@ -116,10 +122,10 @@ class SwapFile:
             self._file = -1
 
     def _start(self, move: Callable[[Region, int, int, int], None], region: Region, address: int) -> Transfer:
-        body = address + len(region.head)
+        body, began = address + len(region.head), perf_counter()
         starts = range(0, region.body, BLOCK_BYTES)
-        moves = [partial(move, region, number, body, start) for number, start in enumerate(starts)]
-        return Transfer([start_task(self._threads, each) for each in moves])
+        moves = [partial(_timed, partial(move, region, number, body, start)) for number, start in enumerate(starts)]
+        return Transfer([start_task(self._threads, each) for each in moves], began=began)
 
     def _write_block(self, region: Region, number: int, body: int, start: int) -> None:
         block = _memory(body + start, min(BLOCK_BYTES, region.body - start))
@@ -198,3 +204,9 @@ class SwapFile:
 def _memory(address: int, nbytes: int) -> memoryview:
     """The process's own memory there; it is the caller's to keep it."""
     return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
+
+
+def _timed(move: Callable[[], None]) -> float:
+    """Make the call; returns when it ended."""
+    move()
+    return perf_counter()

@@ -37,6 +37,8 @@ class Remainder:
 class Done:
     """It is done when it is asked for."""
 
+    seconds: float | None = 0.0
+
     def wait(self) -> None:
         """Nothing."""
 
