@@ -27,7 +27,7 @@ from zerolith.integrity import Integrity
 from zerolith.lending import Lending
 from zerolith.memory import SwapFile
 from zerolith.observe import Phases, StepNumbers, Summary, Watch, summarize
-from zerolith.optim import PartitionedOptimizer, ZeroOptimizer, examine
+from zerolith.optim import PartitionedOptimizer, ZeroOptimizer, examine, make_filling
 from zerolith.outputs import on_gradient, tensors_in
 from zerolith.precision import LossScaler
 from zerolith.sharded_model import ShardedModel
@@ -86,6 +86,7 @@ class Engine(Lending):
                 splits=config.bf16.split_master,
             )
             sharded.reducer.when_summed = self._partitioned.ahead.summed
+            self._filling = make_filling(config, sharded.units, self._partitioned)
             self.optimizer = ZeroOptimizer(
                 optimizer,
                 step=self.step,
@@ -224,6 +225,8 @@ class Engine(Lending):
             skipped_steps=self.skipped_steps,
             samples=self.global_samples,
         )
+        if self._applied and self._filling is not None:
+            self._filling.stepped(self._catch_up)
         self._watch.stepped(numbers, new_samples=new_samples)
         self._phase.stepped(self.global_steps)
         self._integrity.after_step(self.global_steps)

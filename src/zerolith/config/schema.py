@@ -134,6 +134,9 @@ class OffloadOptimizer(Section):
         "when a unit's gradient is complete, whose memory then goes; none: in step().",
     )
     ratio: Share = key(1.0, "Share of masters and states that is offloaded; those of the model's first units stay.")
+    hbm_first: bool = key(
+        True, "With device cpu and without a ratio: measure the device's memory in training, and fill it with states."
+    )
 
 
 class OffloadParam(Section):
@@ -332,12 +335,13 @@ class Config(Section):
     def _splits_what_is_here(self) -> "Config":
         if self.bf16.split_master and not self.bf16.enabled:
             raise ValueError("bf16.split_master splits the masters of bf16 weights; set bf16.enabled")
-        for name in ("offload_optimizer", "offload_param"):
-            if self.bf16.split_master and getattr(self.zero_optimization, name).device != "none":
-                raise ValueError(
-                    f"bf16.split_master keeps masters beside the weights, and zero_optimization.{name} parts them; "
-                    "choose one"
-                )
+        zero, message = self.zero_optimization, "bf16.split_master keeps masters beside the weights, and "
+        if self.bf16.split_master and zero.offload_optimizer.device == "nvme":
+            raise ValueError(
+                f'{message}zero_optimization.offload_optimizer parts them; choose one, or its device "cpu"'
+            )
+        if self.bf16.split_master and zero.offload_param.device != "none":
+            raise ValueError(f"{message}zero_optimization.offload_param parts them; choose one")
         return self
 
     @model_validator(mode="after")
