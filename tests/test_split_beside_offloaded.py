@@ -112,15 +112,18 @@ def test_access_lending_integrity_and_checkpoints(stage: int, tmp_path: Path) ->
         assert_same(run_ranks(2, body, number + 1, saving, loading), expected)
 
 
-def test_the_optimizers_state_dict_has_everything_in_one_order() -> None:
+@pytest.mark.parametrize("name", ["AdamW", "Muon"])
+def test_the_optimizers_state_dict_has_everything_in_one_order(name: str) -> None:
+    """Of Muon's sections, those of whole tensors are never split."""
+    options = {"optimizer": {"type": name, "params": {"lr": 1e-2}}}
     settings = [(NONE, False), (host(0.5), True), (host(0.0), True), (host(1.0), True)]
-    engines = [start(2, offload, splits=splits) for offload, splits in settings]
+    engines = [start(2, offload, splits=splits, **options) for offload, splits in settings]
     for engine in engines:
         train_on(engine, DATA[:2])
     expected = engines[0].optimizer.state_dict()["state"]
     for engine in engines:
         assert_same(engine.optimizer.state_dict()["state"], expected)
-    other = start(2, host(0.3), splits=True)
+    other = start(2, host(0.3), splits=True, **options)
     train_on(other, DATA[2:3])
     other.optimizer.load_state_dict(engines[1].optimizer.state_dict())
     assert_same(other.optimizer.state_dict()["state"], expected)
