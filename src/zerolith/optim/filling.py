@@ -68,10 +68,8 @@ class Filling:
             brought += 1
         if brought and optimizer.comm.rank == 0:
             nbytes = sum(sizes[:brought])
-            message = (
-                "%d of %d offloaded sections come to the device: %s of masters and states, %s are left at the peak"
-            )
             left = memory.free - memory.rise - nbytes
+            message = "%d of %d offloaded sections come to the device: %s of its memory, %s are left at the peak"
             logger.info(message, brought, len(offloaded), _gb(nbytes), _gb(left))
 
     def _least(self, value: int) -> int:
@@ -89,23 +87,19 @@ class Filling:
         if not (isinstance(optimizer.inner, OnePass) and own.rest_dtype is torch.float32):
             kept += masters  # intermediate results of torch's own code, or a copy of the gradient
         if own in optimizer.ahead.eligible and are_weights(section) and not section.is_sharded:
-            kept += (
-                section.layout.shard_numel * own.rest_dtype.itemsize
-            )  # a gradient that is used in step() from then on
+            kept += section.layout.shard_numel * own.rest_dtype.itemsize  # its gradient, which waits for step() then
         return kept
 
     def _copy(self, own: Gradients) -> Copies | None:
         """On the device, beside what is there; None if there is no room."""
         section, device = own.section, self._optimizer.comm.device
+        main = section.main.data if section.main is not None and not are_weights(section) else None
+        states = _states(self._optimizer, own)
         try:
             return Copies(
-                main=section.main.data.to(device, copy=True)
-                if section.main is not None and not are_weights(section)
-                else None,
+                main=main.to(device, copy=True) if main is not None else None,
                 masters={index: master.to(device, copy=True) for index, master in section.masters.items()},
-                states=[
-                    (state, key, value.to(device, copy=True)) for state, key, value in _states(self._optimizer, own)
-                ],
+                states=[(state, key, value.to(device, copy=True)) for state, key, value in states],
             )
         except torch.OutOfMemoryError:
             return None
