@@ -292,10 +292,13 @@ def test_weights_that_are_not_the_masters_rounded_cost_room_and_no_bit(seed: int
     ("more", "message"),
     [
         ({"bf16": {"split_master": True}}, "set bf16.enabled"),
-        ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer parts them"),
+        (
+            {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "nvme", "nvme_path": "/"}}},
+            'offload_optimizer parts them; choose one, or its device "cpu"',
+        ),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, "offload_param parts them"),
     ],
-    ids=["not bf16", "offloaded masters", "offloaded weights"],
+    ids=["not bf16", "masters on disk", "offloaded weights"],
 )
 def test_wrong_configs(more: dict[str, Any], message: str) -> None:
     config = {"train_batch_size": 8, "optimizer": {"type": "AdamW"}, "bf16": {"enabled": True, "split_master": True}}

@@ -37,7 +37,7 @@ from zerolith.checkpoint import (
 from zerolith.comm import side_comm
 from zerolith.errors import CheckpointDamagedError, CheckpointError, OffloadError, UsageError
 from zerolith.memory.away import Away
-from zerolith.optim import PartitionedOptimizer
+from zerolith.optim import Filling, PartitionedOptimizer
 
 WEIGHTS = "lp_params"  # the weights that compute, as offload_states knows them
 HALF_WAY = "the last step failed half-way"
@@ -55,6 +55,7 @@ class Checkpoints(Batches):
     training_dataloader: Any
     client_state: Mapping[str, Any]  # saved with a checkpoint that the engine writes by itself, when the job must end
     _partitioned: PartitionedOptimizer | None
+    _filling: Filling | None = None
     _saver: Saver | None = None
     _disk = Disk()
     _preemption: Preemption | None = None

@@ -28,7 +28,7 @@ from zerolith.integrity import Integrity
 from zerolith.lending import Lending
 from zerolith.memory import SwapFile
 from zerolith.observe import Phases, StepNumbers, Summary, Watch, summarize
-from zerolith.optim import PartitionedOptimizer, ZeroOptimizer, examine
+from zerolith.optim import PartitionedOptimizer, ZeroOptimizer, examine, make_filling
 from zerolith.outputs import on_gradient, tensors_in
 from zerolith.precision import LossScaler
 from zerolith.sharded_model import ShardedModel
@@ -88,12 +88,10 @@ class Engine(Lending):
                 copier=sharded.plan.copier,
             )
             sharded.reducer.when_summed = self._partitioned.summed
+            self._filling = make_filling(config, sharded.units, self._partitioned)
+            settle, all_shown = sharded.settle, self._partitioned.all_shown
             self.optimizer = ZeroOptimizer(
-                optimizer,
-                step=self.step,
-                zero_grad=self.zero_grad,
-                settle=sharded.settle,
-                all_shown=self._partitioned.all_shown,
+                optimizer, step=self.step, zero_grad=self.zero_grad, settle=settle, all_shown=all_shown
             )
         self.basic_optimizer = optimizer
         sharded.reducer.before_first = _weakly(self, Engine._on_backward)
@@ -226,6 +224,8 @@ class Engine(Lending):
             skipped_steps=self.skipped_steps,
             samples=self.global_samples,
         )
+        if self._applied and self._filling is not None:
+            self._filling.stepped(self._catch_up)
         self._watch.stepped(numbers, new_samples=new_samples)
         self._phase.stepped(self.global_steps)
         self._integrity.after_step(self.global_steps)

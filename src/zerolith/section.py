@@ -141,7 +141,7 @@ class Section:
         return self.plan.residency.swaps(self)
 
     @property
-    def _master_device(self) -> torch.device | None:
+    def master_device(self) -> torch.device | None:
         return self.plan.master_device if self.is_offloaded else None
 
     def near(self, *, to_write: bool = False) -> AbstractContextManager[None]:
@@ -345,7 +345,7 @@ class Section:
         if not self.trained or (self.granularity is Granularity.TENSOR and optim is SHARD):
             return None  # frozen; or the owners of whole tensors hold the master
         dtype = self.plan.precision.master_dtype(packed.data.dtype)
-        device = self._master_device
+        device = self.master_device
         is_here = device in (None, self.weights.data.device) and not self.is_elsewhere
         if dtype == self.weights.data.dtype and is_here:
             return self.weights.own() if optim is SHARD else self.weights
@@ -356,7 +356,7 @@ class Section:
             return {}
         dtype = self.plan.precision.master_dtype(packed.data.dtype)
         mine = [index for index, owner in enumerate(self.owners) if owner == packed.rank]
-        return {index: packed.slot(index).to(self._master_device, dtype, copy=True) for index in mine}
+        return {index: packed.slot(index).to(self.master_device, dtype, copy=True) for index in mine}
 
     def _make_grads(self) -> FlatBuffer | None:
         if not self.trained:

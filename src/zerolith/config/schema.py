@@ -229,12 +229,13 @@ class Config(Section):
     def _splits_what_is_here(self) -> "Config":
         if self.bf16.split_master and not self.bf16.enabled:
             raise ValueError("bf16.split_master splits the masters of bf16 weights; set bf16.enabled")
-        for name in ("offload_optimizer", "offload_param"):
-            if self.bf16.split_master and getattr(self.zero_optimization, name).device != "none":
-                raise ValueError(
-                    f"bf16.split_master keeps masters beside the weights, and zero_optimization.{name} parts them; "
-                    "choose one"
-                )
+        zero, message = self.zero_optimization, "bf16.split_master keeps masters beside the weights, and "
+        if self.bf16.split_master and zero.offload_optimizer.device == "nvme":
+            raise ValueError(
+                f'{message}zero_optimization.offload_optimizer parts them; choose one, or its device "cpu"'
+            )
+        if self.bf16.split_master and zero.offload_param.device != "none":
+            raise ValueError(f"{message}zero_optimization.offload_param parts them; choose one")
         return self
 
     @model_validator(mode="after")

@@ -36,6 +36,9 @@ class OffloadOptimizer(Section):
         "gradient is complete, whose memory then goes; none: in step(); null: forward at stage 3, none at 1 and 2.",
     )
     ratio: Share = key(1.0, "Share of masters and states that is offloaded; those of the model's first units stay.")
+    hbm_first: bool = key(
+        True, "With device cpu and without a ratio: measure the device's memory in training, and fill it with states."
+    )
 
 
 class OffloadParam(Section):

@@ -52,12 +52,13 @@ def summarize(sharded: ShardedModel, optimizer: PartitionedOptimizer | None, *, 
 
 
 def _offloaded(sharded: ShardedModel, optimizer: PartitionedOptimizer | None) -> str:
-    where = ""
-    if optimizer is not None and optimizer.residency.is_swapped:
-        what = "masters" if optimizer.split_masters is not None else "masters and states"
-        where = f", {_share(sharded)}{what} {optimizer.residency.place}"
-    elif sharded.plan.master_device is not None:
-        where = f", {_share(sharded)}masters and states in host memory"
+    where, trained = "", [section for section in sharded.sections if section.trained]
+    if optimizer is not None and any(section.master_device is not None for section in trained):
+        is_on_disk = optimizer.split_masters is None and optimizer.residency.is_swapped
+        place = optimizer.residency.place if is_on_disk else "in host memory"
+        where = f", {_share(sharded)}masters and states {place}"
+    if optimizer is not None and any(section.is_split for section in trained):
+        where += f", {'other ' if where else ''}masters {optimizer.residency.place}"
     return where + (f", weights {sharded.residency.place}" if sharded.residency.is_swapped else "")
 
 

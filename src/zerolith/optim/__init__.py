@@ -2,6 +2,7 @@
 
 from zerolith.optim.build import build_optimizer as build_optimizer, build_scheduler as build_scheduler
 from zerolith.optim.facade import ZeroOptimizer as ZeroOptimizer
+from zerolith.optim.filling import Filling as Filling, make_filling as make_filling
 from zerolith.optim.granularity import granularities_of as granularities_of
 from zerolith.optim.norms import GradientFacts as GradientFacts, examine as examine
 from zerolith.optim.one_pass import original as original

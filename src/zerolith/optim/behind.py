@@ -131,10 +131,15 @@ class Behind:
             self._ident = 0
 
 
+def is_known(inner: Optimizer) -> bool:
+    """Whether all that `inner` keeps from step to step is in its groups and states."""
+    return type(inner).__module__.partition(".")[0] in KNOWN
+
+
 def can_run_behind(inner: Optimizer, own: Gradients) -> bool:
     """Whether `inner` may step a section while others compute: nobody can see its weights before they are new."""
     section = own.section
-    is_offloaded = section.is_offloaded and section.plan.master_device is not None
+    is_offloaded = section.master_device is not None
     return is_offloaded and section.is_sharded and section.main is not None and _steps_alone(inner, own)
 
 
@@ -148,8 +153,7 @@ def can_run_ahead(inner: Optimizer, own: Gradients, *, is_swapped: bool) -> bool
 
 def _steps_alone(inner: Optimizer, own: Gradients) -> bool:
     """Whether a section may be stepped apart from others, by an object that is not `inner` but like it."""
-    is_known = type(inner).__module__.partition(".")[0] in KNOWN
-    return is_known and own.section.granularity is Granularity.ELEMENT
+    return is_known(inner) and own.section.granularity is Granularity.ELEMENT
 
 
 def has_hooks(inner: Optimizer, *, but: Any) -> bool:

@@ -131,6 +131,7 @@ class Holdings:
             raise UsageError("optimizer states rest on disk and have no state dict; use engine.save_checkpoint")
         for own in hidden:
             self.show(own)
+        self._hand_over(*hidden)  # in the same order whoever was hidden
         try:
             yield
         finally:
@@ -147,6 +148,14 @@ class Holdings:
         self.pieces.clear()
         self.whole.clear()
         self.gradients.clear()
+
+    def split(self, own: Gradients) -> None:
+        """Keep masters that were offloaded until now as what their weights lack, if others are kept so."""
+        if self.split_masters is not None and can_split(own.section):
+            self.split_masters.take(own.section)
+            own.section.is_split = True
+            with self.residency.resident(own):
+                pass  # from here on they are
 
     def _split(self) -> SplitMasters:
         for own in self.gradients:
@@ -196,6 +205,7 @@ class Holdings:
         """Let the optimizer step the pieces of the sections in memory: those always there, and `used`."""
         for group in self.inner.param_groups:
             group["params"] = []
-        for own in dict.fromkeys([*self.here(), *used]):
+        chosen = {*self.here(), *used}
+        for own in filter(chosen.__contains__, self.gradients):
             for piece in self.pieces[own]:
                 self.inner.param_groups[piece.group]["params"].append(piece.param)

@@ -56,6 +56,10 @@ class SplitMasters:
         self._sections = {_masters(section)._cdata: section for section in sections}
         self._regions: dict[int, Remainder] = {}  # by the masters' storage, as the sections
 
+    def take(self, section: Section) -> None:
+        """One more section, which `can_split`."""
+        self._sections[_masters(section)._cdata] = section
+
     @property
     def nbytes(self) -> int:
         return sum(each.nbytes for region in self._regions.values() for each in region.tensors())
@@ -108,8 +112,11 @@ def _masters(section: Section) -> torch.UntypedStorage:
 
 def can_split(section: Section) -> bool:
     """Whether the masters are fp32 and their bf16 weights are beside them."""
-    main, weights = section.main, section.weights.data
-    if main is None or section.is_elsewhere:
+    return section.master_device is None and could_split(section)
+
+
+def could_split(section: Section) -> bool:
+    """Whether the masters would be so if they were not offloaded."""
+    if section.main is None or section.is_elsewhere:
         return False
-    dtypes = (main.data.dtype, weights.dtype)
-    return dtypes == (torch.float32, torch.bfloat16) and main.data.device == weights.device
+    return (section.main.data.dtype, section.weights.data.dtype) == (torch.float32, torch.bfloat16)
