@@ -28,7 +28,7 @@ from benchmarks.checkpoint.disk import file_system
 from benchmarks.measure import git_state, hardware, shown_command
 from benchmarks.peer import Peer
 from zerolith.memory import SwapFile
-from zerolith.memory.pages import page_buffer
+from zerolith.memory.pages import ask_for_huge_pages, page_buffer
 from zerolith.memory.swap import BLOCK_BYTES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,7 +70,10 @@ class Ours:
         self.swap = SwapFile(folder, threads=threads)
         if not self.swap.is_direct:
             raise OSError(f"{folder}: no O_DIRECT here; choose a folder on a disk.")
-        self.tensors = [torch.randint(-128, 128, (size,), dtype=torch.int8) for size in sizes]
+        self.tensors = [torch.empty(size, dtype=torch.int8) for size in sizes]
+        for tensor in self.tensors:
+            ask_for_huge_pages(tensor.data_ptr(), tensor.nbytes)  # as for what is swapped
+            tensor.random_(-128, 128)
         self.regions = [self.swap.add(size) for size in sizes]
 
     def turn(self, what: str) -> float:
@@ -119,7 +122,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=ROOT / "build", help="on the disk to measure")
     parser.add_argument("--tensor-mib", type=int, default=85, help="of one tensor; a block's states at 125 M")
     parser.add_argument("--tensors", type=int, default=12)
-    parser.add_argument("--threads", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--deepspeed-python", default="", help="an interpreter with DeepSpeed and libaio")
     parser.add_argument("--json", type=Path, default=RESULTS / "swap.json")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from zerolith.layout import Layout, Range
+from zerolith.memory.pages import ask_for_huge_pages
 from zerolith.partitioning import SHARD, Placement
 
 
@@ -75,6 +76,8 @@ class FlatBuffer:
         """Give `data` storage again after `release`; every view of it is back, with undefined content."""
         if not self.is_allocated:  # to be resized would move it, and copy what is there
             self.data.untyped_storage().resize_(self.data.nbytes)
+            if self.data.device.type == "cpu":
+                ask_for_huge_pages(self.data.data_ptr(), self.data.nbytes)
 
     def release(self) -> None:
         """Free the storage of `data` but keep every view of it alive, those that autograd saved too."""

@@ -54,6 +54,18 @@ def address_of(memory: memoryview) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
+def ask_for_huge_pages(address: int, nbytes: int) -> None:
+    """Let memory that nobody has touched yet lie on huge pages, as far as there are whole ones in it.
+
+    It is touched for the first time several times faster then, and a disk moves it in fewer, larger pieces. A system
+    without them goes on as it does.
+    """
+    start = -(-address // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+    whole = (address + nbytes - start) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+    if whole > 0 and hasattr(mmap, "MADV_HUGEPAGE"):
+        _libc.madvise(start, whole, mmap.MADV_HUGEPAGE)
+
+
 def map_pages(nbytes: int) -> int:
     """Address of memory of this process alone: a child that is forked has a hole there.
 

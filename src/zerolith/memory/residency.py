@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from zerolith.errors import OffloadError
+from zerolith.memory.pages import ask_for_huge_pages
 
 K = TypeVar("K")  # what stands for a section
 K_contra = TypeVar("K_contra", contravariant=True)
@@ -89,6 +90,8 @@ class _Held:
         """Give the storage its memory, unless it has it: to be resized would move it, whoever writes to it."""
         if self.storage.nbytes() != self.region.nbytes:
             self.storage.resize_(self.region.nbytes)
+            if self.storage.device.type == "cpu":
+                ask_for_huge_pages(self.storage.data_ptr(), self.region.nbytes)
 
 
 def wait_for_all(moving: Iterable[Moving]) -> None:
