@@ -122,7 +122,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=ROOT / "build", help="on the disk to measure")
     parser.add_argument("--tensor-mib", type=int, default=85, help="of one tensor; a block's states at 125 M")
     parser.add_argument("--tensors", type=int, default=12)
-    parser.add_argument("--threads", type=int, default=6)
+    parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--deepspeed-python", default="", help="an interpreter with DeepSpeed and libaio")
     parser.add_argument("--json", type=Path, default=RESULTS / "swap.json")

@@ -75,7 +75,7 @@ class SwapFile:
 
     place = "on disk"
 
-    def __init__(self, folder: Path, *, threads: int = 6, direct: bool = True) -> None:
+    def __init__(self, folder: Path, *, threads: int = 8, direct: bool = True) -> None:
         self.folder = folder
         self.is_direct = direct and hasattr(os, "O_DIRECT")
         self.nbytes = 0
