@@ -10,7 +10,7 @@ from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGEST = 2**31 - 1
-# The last one is torch's: aligned to huge pages, no freed block has room for the next of its size, and memory would grow.
+# The last is torch's: aligned to huge pages, no freed block has room for the next of its size, and memory would grow.
 USER_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE")
 
 
