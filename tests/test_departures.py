@@ -80,11 +80,11 @@ def both(far: list[LateForAll], world: int, body: Any, *, copies: bool = True) -
 CASES_OF_TRAINING = [
     (stage, device, overlap, precision)
     for stage in (1, 2, 3)
-    for device in ("cpu", "nvme")
-    for overlap in ("none", "forward", "backward")
-    for precision in ("bf16", "fp16")
-    if not (overlap == "backward" and precision == "fp16")
-]
+    for device, overlap, precision in [
+        ("cpu", "none", "bf16"), ("cpu", "forward", "bf16"), ("cpu", "backward", "bf16"), ("cpu", "forward", "fp16"),
+        ("nvme", "none", "fp16"), ("nvme", "forward", "bf16"), ("nvme", "backward", "bf16"),
+    ]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("stage", "device", "overlap", "precision"), CASES_OF_TRAINING)
@@ -101,7 +101,7 @@ def test_the_way_to_the_host_changes_no_bit(
         engine.destroy()
         return result
 
-    for world in (1, 2):
+    for world in (1, 2) if device == "cpu" else (2,):
         both(far, world, body)
 
 
@@ -116,12 +116,11 @@ def test_those_that_stay_go_nowhere(ratio: float, tmp_path: Path, far: list[Late
     both(far, 2, body, copies=ratio > 0)
 
 
-@pytest.mark.parametrize("overlap", ["none", "forward"])
 @pytest.mark.parametrize("name", CASES)
-def test_unusual_modules(name: str, overlap: str, far: list[LateForAll]) -> None:
+def test_unusual_modules(name: str, far: list[LateForAll]) -> None:
     def body() -> dict[str, Tensor]:
         torch.manual_seed(0)
-        offload = {"offload_optimizer": {"device": "cpu", "overlap": overlap}}
+        offload = {"offload_optimizer": {"device": "cpu", "overlap": "forward"}}
         config = unusual_config_for(2, zero_optimization=offload, bf16={"enabled": True})
         return train_sharded(CASES[name]().bfloat16(), sgd, inputs(2).bfloat16(), config)
 
