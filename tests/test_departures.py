@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from threading import RLock
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import zerolith
 from harness import run_ranks
@@ -17,7 +18,10 @@ from models import assert_same, make_gpt, my_pieces, sgd, train_on, whole_master
 from overlapping import DATA, config_for, start
 from unusual import CASES, config_for as unusual_config_for, inputs, train_sharded
 from zerolith.departures import MOST
-from zerolith.zero import safe_get_full_grad, safe_set_full_grad
+from zerolith.errors import OffloadError
+from zerolith.memory.pool import HostPool
+from zerolith.section import Section
+from zerolith.zero import safe_get_full_fp32_param, safe_get_full_grad, safe_set_full_grad
 
 BF16: dict[str, Any] = {"bf16": {"enabled": True}}
 FP16: dict[str, Any] = {"fp16": {"enabled": True, "initial_scale_power": 8}}
@@ -122,9 +126,97 @@ def test_unusual_modules(name: str, far: list[LateForAll]) -> None:
         torch.manual_seed(0)
         offload = {"offload_optimizer": {"device": "cpu", "overlap": "forward"}}
         config = unusual_config_for(2, zero_optimization=offload, bf16={"enabled": True})
-        return train_sharded(CASES[name]().bfloat16(), sgd, inputs(2).bfloat16(), config)
+        make = sgd if "frozen" in name else None  # else AdamW in one pass, which writes new weights itself
+        return train_sharded(CASES[name]().bfloat16(), make, inputs(2).bfloat16(), config)
 
     both(far, 2, body)
+
+
+class Alternating(nn.Module):
+    """Parameters of one size, of which the second is used in every other step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor, step: int) -> Tensor:
+        for number, part in enumerate(self.parts):
+            x = x + torch.tanh(part(x)) if number % 2 == 0 or step % 2 == 0 else x
+        return x.float().square().mean()
+
+
+@pytest.mark.parametrize("overlap", ["none", "forward", "backward"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_weights_of_which_some_get_no_gradient(stage: int, overlap: str, tmp_path: Path, far: list[LateForAll]) -> None:
+    def body() -> Any:
+        torch.manual_seed(0)
+        config = config_for(overlap, tmp_path, stage=stage, **BF16)
+        config |= {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1}
+        config["zero_optimization"]["reduce_bucket_size"] = 16 * 17
+        engine = zerolith.initialize(model=Alternating(), config=config)[0]
+        for step in range(5):
+            engine.backward(engine(torch.ones(2, 16, dtype=torch.bfloat16) * (1 + step), step))
+            engine.step()
+        weights = whole_weights(engine)
+        masters = [safe_get_full_fp32_param(param).bfloat16() for param in engine.module.parameters()]
+        assert_same(masters, list(weights.values()))
+        return weights
+
+    both(far, 2, body)
+
+
+@pytest.mark.parametrize("way", ["far", "near"])
+@pytest.mark.parametrize(("stage", "overlap"), [(2, "backward"), (1, "none"), (3, "none"), (3, "forward")])
+def test_what_a_step_has_left_is_not_published_over_a_checkpoint(
+    stage: int, overlap: str, way: str, tmp_path: Path, far: list[LateForAll], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that was given up, or failed while it published."""
+    if way == "near":
+        near(monkeypatch)
+    engine = start(overlap, tmp_path, stage=stage, **BF16)
+    train_on(engine, DATA[:2])
+    engine.save_checkpoint(tmp_path / "saved")
+    saved = whole_weights(engine), whole_masters(engine)
+    up_to_step(engine, DATA[3])
+    if overlap != "backward":
+        calls = itertools.count()
+        real = Section.start_publish
+
+        def failing(section: Section) -> Any:
+            if next(calls) == 2:
+                raise OffloadError("in the midst")
+            return real(section)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Section, "start_publish", failing)
+            with pytest.raises(OffloadError):
+                engine.step()
+                engine._catch_up()
+    engine.load_checkpoint(tmp_path / "saved")
+    assert_same((whole_weights(engine), whole_masters(engine)), saved)
+    if way == "far":
+        assert not engine._partitioned._departures._pool.used_bytes
+    engine.destroy()
+
+
+def test_without_page_locked_memory_training_goes_on(
+    tmp_path: Path, far: list[LateForAll], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def body() -> Any:
+        engine = start("forward", tmp_path, **BF16)
+        return train_on(engine, DATA), whole_weights(engine)
+
+    expected = body()
+    real, calls = HostPool.take, itertools.count()
+
+    def take(pool: HostPool, nbytes: int) -> Tensor:
+        if next(calls) % 3:
+            raise OffloadError("no room")
+        return real(pool, nbytes)
+
+    monkeypatch.setattr(HostPool, "take", take)
+    assert_same(body(), expected)
+    assert "slower way" in caplog.text
 
 
 def up_to_step(engine: Any, batch: Tensor) -> None:

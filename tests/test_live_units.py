@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from models import (
     PRECISIONS,
     assert_same,
     make_gpt,
+    my_pieces,
     sgd,
     token_batches,
     train_on,
@@ -94,7 +94,8 @@ def test_they_are_whole_from_their_first_use_to_the_step() -> None:
                 engine.step()
         with torch.no_grad():
             engine(DATA[0][:2])
-        assert num_whole(engine) == every, "evaluation leaves them to the forward that follows"
+        assert num_whole(engine) == 0, "after an evaluation one rank alone may look at the model"
+        engine.backward(engine(DATA[0][:2]))
         engine.reset()
         assert num_whole(engine) == 0
         assert all(isinstance(param, ShardedParameter) for param in engine.module.parameters())
@@ -102,16 +103,23 @@ def test_they_are_whole_from_their_first_use_to_the_step() -> None:
     run_ranks(2, body)
 
 
-def test_what_is_written_to_them_in_between_is_kept(tmp_path: Path) -> None:
-    """As it is where parameters rest whole."""
+@pytest.mark.parametrize("looks", [False, True])
+def test_what_is_written_to_them_in_between_is_kept(looks: bool) -> None:
+    """As it is where parameters rest whole; also if someone looks at a neighbour meanwhile, or at the parameter."""
 
     def body(stage: int) -> Any:
         engine = start(ALL, stage=stage)
         train_on(engine, DATA[:2])
+        block = engine.module.blocks[1]
+        first, second = my_pieces(DATA[2], engine)
+        engine.backward(engine(first))
         with torch.no_grad():
-            engine(DATA[0][:2])  # whole now, at every stage
-            engine.module.blocks[1].up.weight.mul_(2.0)
-        train_on(engine, DATA[2:])
+            block.up.weight.mul_(2.0)  # whole now, at every stage
+        with zerolith.zero.GatheredParameters([block.up.bias, block.up.weight] if looks else []):
+            pass
+        engine.backward(engine(second))
+        engine.step()
+        train_on(engine, DATA[3:])
         return whole_weights(engine)
 
     assert_same(run_ranks(2, body, 3), run_ranks(2, body, 2))

@@ -57,8 +57,9 @@ class Departed:
         self._source = None
 
     def give_back(self) -> None:
-        """Nobody needs it any more."""
+        """Nobody needs it any more. Waits for the copy: whoever gets the memory next writes to it at once."""
         self.leave_behind()
+        self._copier.finish(self._copy)
         self._landing.give_back()
 
 

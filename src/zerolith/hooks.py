@@ -23,7 +23,7 @@ import logging
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -149,9 +149,7 @@ class Gatherer:
     def release_all(self) -> None:
         """Bring every unit to rest that no running forward uses."""
         self._keeping = False
-        for unit in self.units:
-            if unit.uses == 0:
-                unit.release()
+        self._release(self.units)
 
     def end_micro_batch(self) -> None:
         """As `end_backward`; and backwards of the forwards so far are not waited for."""
@@ -234,15 +232,15 @@ class Gatherer:
                 unit.release()
         if torch.is_grad_enabled():
             self._await_backward(call, [*tensors, *self._left_aside(module)])
-        elif not self._calls and not in_backward():
-            self._release_unused()  # what was gathered ahead and not used
+        elif not self._calls and not in_backward() and not self._keeping:
+            self._release(self.units)  # what was gathered ahead and not used, too
 
     def _stays(self, unit: Unit) -> bool:
         """Whether a forward that has used `unit` leaves it whole for who comes next."""
-        if unit.until is Until.STEP or not torch.is_grad_enabled():
-            return unit.until is Until.STEP
+        if not torch.is_grad_enabled():
+            return False
         # The unit that forward used last is the one that backward will use first.
-        return unit.until is Until.BACKWARD or self._forward_order.ends_with(self._numbers[unit])
+        return unit.until is not Until.USED or self._forward_order.ends_with(self._numbers[unit])
 
     def _lend(self, unit: Unit) -> None:
         """The forward that is running needs `unit` until its own end, and will the next time."""
@@ -342,6 +340,11 @@ class Gatherer:
             each.read_ahead()
 
     def _release_unused(self) -> None:
-        for unit in self.units if not self._keeping else ():
-            if unit.uses == 0 and unit.until is not Until.STEP:
+        if not self._keeping:
+            # One that is on its way was expected, and not used: what changes its shards would pass it by.
+            self._release(each for each in self.units if each.until is not Until.STEP or each.phase is Phase.GATHERING)
+
+    def _release(self, units: Iterable[Unit]) -> None:
+        for unit in units:
+            if unit.uses == 0:
                 unit.release()

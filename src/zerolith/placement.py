@@ -78,8 +78,12 @@ def check_room(
         if offload.device == "nvme":
             _check_disk(Path(offload.nvme_path or "").absolute(), what, needed)
         in_memory += needed if offload.device == "cpu" else 0.0
-    locks = zero.offload_param.device == "cpu" and comm.device.type == "cuda"  # states are stepped where they are
-    _check_memory(in_memory, page_locked=weights / comm.size * here if locks else 0.0)
+    locked = 0.0
+    if comm.device.type == "cuda":
+        on_their_way = zero.offload_optimizer.device != "none"  # gradients before a step; weights after it are fewer
+        locked += zero.offload_optimizer.ratio * masters if on_their_way else 0.0
+        locked += weights if zero.offload_param.device == "cpu" else 0.0
+    _check_memory(in_memory, page_locked=locked / comm.size * here)
 
 
 def _check_disk(folder: Path, what: str, needed: float) -> None:
@@ -105,9 +109,9 @@ def _check_memory(needed: float, *, page_locked: float) -> None:
         )
     if page_locked > (1 - LEFT_SHARE) * memory[0]:
         raise OffloadError(
-            f"{_gb(page_locked)} of weights of this host's ranks are to be page-locked in its memory, which is "
-            f"{_gb(memory[0])}, and {LEFT_SHARE:.0%} of it must be left to everybody else; use more hosts, or offload "
-            "weights to nvme"
+            f"{_gb(page_locked)} of weights and gradients of this host's ranks are to be page-locked in its memory, "
+            f"which is {_gb(memory[0])}, and {LEFT_SHARE:.0%} of it must be left to everybody else; use more hosts, or "
+            "offload weights to nvme"
         )
     if needed > memory[1]:
         message = "%s are to be offloaded to this host's memory, of which only %s are free"

@@ -219,14 +219,18 @@ class Section:
             if self.landing is not None and not self.is_cast:
                 self.landing.there.data.copy_(source.own().data)
                 self.is_cast = True
-            if self.is_cast and self.cast_target is not None:
-                source, self.is_cast = self.cast_target, False
+            source = (self.cast_target if self.is_cast else None) or source
             moved = redistribute(source, self.weights, comm=self.plan.comm, name=self.name)
             here.callback(self.mark_written)
-            if self.landing is not None:  # what is sent has been copied from there
-                self.landing.give_back()
-                self.landing = None
+            self.drop_result()  # what is sent has been copied from there
             return Then(moved, here.pop_all().close)
+
+    def drop_result(self) -> None:
+        """Forget what a step has made and nobody will publish."""
+        self.is_cast = False
+        if self.landing is not None:
+            self.landing.give_back()
+            self.landing = None
 
     @property
     def cast_target(self) -> FlatBuffer | None:

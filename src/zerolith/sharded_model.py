@@ -159,6 +159,8 @@ class ShardedModel:
         """Back to rest after an exception: gradients since the last step are dropped."""
         self.reducer.reset()
         self.gatherer.reset()
+        for section in self.sections:
+            section.drop_result()
 
     def detach(self) -> None:
         """Take every hook off the model; parameters stay where they are."""

@@ -206,8 +206,13 @@ class Residency(Generic[K]):
     def settle(self, *, but: int = 0) -> None:
         """Wait for writes, all but the newest `but` sections' of them, and give their memory back."""
         while len(self._writes) > but:
-            written, transfers = self._writes.pop(0)
-            wait_for_all(transfers)
+            written, transfers = self._writes[0]
+            try:
+                wait_for_all(transfers)
+            except OffloadError:
+                self._writes.pop(0)
+                raise
+            self._writes.pop(0)  # not before: after an interrupt they are under way still
             for held in written:
                 held.storage.resize_(0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -85,6 +85,8 @@ class PartitionedOptimizer(Holdings):
         """
         self._check_groups()
         if self._departures is not None:
+            for own in self.gradients:  # what has not left in backward does here, not in the thread that updates
+                self._send(own)
             self._departures.settle()
         flags_of = dict(zip(self.gradients, used, strict=True))
         is_watched = has_hooks(self.inner, but=self._own_hook)  # who looks on wants to see gradients and the result
@@ -136,10 +138,9 @@ class PartitionedOptimizer(Holdings):
     def summed(self, own: Gradients) -> None:
         """A section's gradient is reduced: begin its update, or its way to the host, if nothing more is to come."""
         self.ahead.summed(own)
-        departures = self._departures_of(own)
-        if departures is not None and self._is_last and own not in self.ahead.begun:
+        if self._departures_of(own) is not None and self._is_last and own not in self.ahead.begun:
             own.squares = fast_squares(own)
-            _send(own, departures)
+            self._send(own)
 
     def give_up(self) -> bool:
         """Wait for all updates, and forget a step that began some in backward; returns whether a rank had one.
@@ -223,9 +224,7 @@ class PartitionedOptimizer(Holdings):
         following = self.gradients[self.gradients.index(own) + 1 :]  # in backward, most of the time
         after = next((each for each in following if each not in self.ahead.begun), None)
         flags = [True] * len(own.used)
-        departures = self._departures_of(own)
-        if departures is not None:
-            _send(own, departures)
+        self._send(own)
         self._behind.wait_for_room(MOST_AHEAD)
         self._behind.start({own: partial(self._update_one, own, flags, after, options, grad_factor)})
 
@@ -259,6 +258,20 @@ class PartitionedOptimizer(Holdings):
         is_far = main is not None and own.section.is_offloaded and not main.shares_memory_with(own.section.weights)
         return self._departures if is_far else None
 
+    def _send(self, own: Gradients) -> None:
+        """Let a section's gradient leave for its masters if they are far, unless it has; without memory it stays."""
+        departures = self._departures_of(own)
+        if departures is not None and own.left is None:
+            with _slower():
+                own.left = departures.send(own.sum.own(), free=own.free_here)
+
+    def _land(self, own: Gradients) -> None:
+        """Make room on the host for what a step makes of weights that are far; without memory they take another way."""
+        departures = self._departures_of(own)
+        if departures is not None and own.section.landing is None:
+            with _slower():
+                own.section.landing = departures.land(own.section.weights)
+
     def _prefetch(self, own: Gradients) -> None:
         if self.split_masters is None:  # else they are made at once, from weights that may change until they are used
             self.residency.prefetch(own)
@@ -283,10 +296,7 @@ class PartitionedOptimizer(Holdings):
         """Step the pieces of some sections with `inner`, which has the options."""
         is_one_pass = isinstance(inner, OnePass)
         for own, flags in used.items():
-            departures = self._departures_of(own)
-            if departures is not None:
-                _send(own, departures)  # unless it is there
-                own.section.landing = own.section.landing or departures.land(own.section.weights)
+            self._land(own)
             if not is_one_pass:
                 own.scale(grad_factor)
             self._set_grads(own, flags)
@@ -297,8 +307,12 @@ class PartitionedOptimizer(Holdings):
                 inner.grad_factor = grad_factor
                 inner.outs = dict(chain.from_iterable(map(self._casts, used)))
             inner.step()
-            for own in used:
-                own.section.is_cast = is_one_pass and own.section.cast_target is not None
+            for own, flags in used.items():
+                # A landing holds nothing of the pieces that were not stepped; the weights themselves do.
+                is_whole = own.section.landing is None or all(
+                    any(flags[index] for index in piece.slots()) for piece in self.pieces[own]
+                )
+                own.section.is_cast = is_one_pass and is_whole and own.section.cast_target is not None
         finally:
             if inner is self.inner:
                 self.is_stepping = False
@@ -335,6 +349,10 @@ class PartitionedOptimizer(Holdings):
         super().let_go()
 
 
-def _send(own: Gradients, departures: Departures) -> None:
-    if own.left is None:
-        own.left = departures.send(own.sum.own(), free=own.free_here)
+@contextmanager
+def _slower() -> Iterator[None]:
+    """What is done inside is faster than without, and can be left: no rank alone may fail for it."""
+    try:
+        yield
+    except OffloadError as error:
+        logger.warning("gradients and weights take a slower way between host and device: %s", error)

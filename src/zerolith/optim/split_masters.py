@@ -25,6 +25,7 @@ class Remainder:
 
     nbytes: int  # of the masters
     version: int = 0  # how often it was written to
+    stream: torch.cuda.Stream | None = None  # on which the following were made
     bits: Tensor = field(default_factory=partial(torch.empty, 0, dtype=torch.int16))  # one for each
     odd: Tensor = field(default_factory=partial(torch.empty, 0, dtype=torch.int64))  # places of those kept whole
     whole: Tensor = field(default_factory=partial(torch.empty, 0))  # fp32, their values
@@ -77,6 +78,11 @@ class SplitMasters:
         masters, weights = self._of(storage)
         self._regions[storage._cdata] = region
         region.version += 1
+        if masters.is_cuda:
+            stream = torch.cuda.current_stream(masters.device)
+            if region.stream not in (None, stream):  # what goes now may be read here, and used again there at once
+                stream.synchronize()
+            region.stream = stream
         rounded, region.bits = kernels.split(masters)
         region.odd = (rounded.view(torch.int16) != weights.view(torch.int16)).nonzero().view(-1)
         region.whole = masters[region.odd]

@@ -86,7 +86,9 @@ def safe_get_local_fp32_param(param: Tensor) -> Tensor | None:
 def safe_get_local_grad(param: Tensor) -> Tensor | None:
     """This rank's flat part of the mean gradient."""
     owner = _owner(param)
-    return _local(_grad_parts(owner), param) / owner.terms() if _has_mean(owner.gradients) else None
+    if not _has_mean(owner.gradients):
+        return None
+    return _local(_grad_parts(owner), param).to(param.device) / owner.terms()
 
 
 def safe_get_local_optimizer_state(param: Tensor, optim_state_key: str) -> Tensor | None:

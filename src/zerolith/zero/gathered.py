@@ -52,6 +52,8 @@ class GatheredParameters:
             if self.modifier_rank is not None and section.is_split and not section.is_sharded:
                 self._masters.enter_context(section.resident())  # before the weights are written to
         for owner in self._owners:
+            if owner.place.unit.uses == 0 and not in_backward():
+                owner.place.unit.release()  # what was written to it before is kept
             owner.place.unit.enter()
             owner.place.unit.gather()
         for origin in self._origins:
