@@ -199,11 +199,16 @@ def test_what_a_step_has_left_is_not_published_over_a_checkpoint(
     engine.destroy()
 
 
+@pytest.mark.parametrize("overlap", ["none", "forward", "backward"])
 def test_without_page_locked_memory_training_goes_on(
-    tmp_path: Path, far: list[LateForAll], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    overlap: str,
+    tmp_path: Path,
+    far: list[LateForAll],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def body() -> Any:
-        engine = start("forward", tmp_path, **BF16)
+        engine = start(overlap, tmp_path, **BF16)
         return train_on(engine, DATA), whole_weights(engine)
 
     expected = body()

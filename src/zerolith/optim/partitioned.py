@@ -86,7 +86,8 @@ class PartitionedOptimizer(Holdings):
         self._check_groups()
         if self._departures is not None:
             for own in self.gradients:  # what has not left in backward does here, not in the thread that updates
-                self._send(own)
+                if own not in self.ahead.begun:
+                    self._send(own)
             self._departures.settle()
         flags_of = dict(zip(self.gradients, used, strict=True))
         is_watched = has_hooks(self.inner, but=self._own_hook)  # who looks on wants to see gradients and the result
