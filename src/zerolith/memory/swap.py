@@ -56,13 +56,15 @@ class Transfer:
     `wait()` ends them and raises OffloadError if one has failed.
     """
 
-    def __init__(self, futures: Sequence[Future[float]], *, began: float) -> None:
+    def __init__(self, futures: Sequence[Future[float]], storage: torch.UntypedStorage, *, began: float) -> None:
         self.seconds: float | None = None  # from the beginning to the end of the last, once they were waited for
         self._futures = futures
+        self._storage: torch.UntypedStorage | None = storage  # whose memory they use, kept until they have ended
         self._began = began
 
     def wait(self) -> None:
         wait(self._futures)
+        self._storage = None
         ended = [future.result() for future in self._futures]
         self.seconds = max(ended, default=self._began) - self._began
 
@@ -104,14 +106,14 @@ class SwapFile:
         region.head = ctypes.string_at(address, head)
         region.tail = ctypes.string_at(address + region.nbytes - tail, tail)
         region.digests = [0] * -(-region.body // BLOCK_BYTES)
-        return self._start(self._write_block, region, address)
+        return self._start(self._write_block, region, storage)
 
     def read(self, region: Region, storage: torch.UntypedStorage) -> Transfer:
         """Begin to fill the storage with what was written last."""
         address = storage.data_ptr()
         ctypes.memmove(address, region.head, len(region.head))
         ctypes.memmove(address + region.nbytes - len(region.tail), region.tail, len(region.tail))
-        return self._start(self._read_block, region, address)
+        return self._start(self._read_block, region, storage)
 
     def close(self) -> None:
         """Give the disk's room back. What is under way is ended first."""
@@ -121,11 +123,13 @@ class SwapFile:
             os.close(self._file)
             self._file = -1
 
-    def _start(self, move: Callable[[Region, int, int, int], None], region: Region, address: int) -> Transfer:
-        body, began = address + len(region.head), perf_counter()
+    def _start(
+        self, move: Callable[[Region, int, int, int], None], region: Region, storage: torch.UntypedStorage
+    ) -> Transfer:
+        body, began = storage.data_ptr() + len(region.head), perf_counter()
         starts = range(0, region.body, BLOCK_BYTES)
         moves = [partial(_timed, partial(move, region, number, body, start)) for number, start in enumerate(starts)]
-        return Transfer([start_task(self._threads, each) for each in moves], began=began)
+        return Transfer([start_task(self._threads, each) for each in moves], storage, began=began)
 
     def _write_block(self, region: Region, number: int, body: int, start: int) -> None:
         block = _memory(body + start, min(BLOCK_BYTES, region.body - start))
