@@ -341,7 +341,7 @@ class Engine(Lending):
         resting = self._sharded.plan.partitioning.rests_partial and not is_last
         if self._task == -1:
             self._sharded.gatherer.begin_backward()
-        self._sharded.reducer.begin(reducing=self._syncing and not resting)
+        self._sharded.reducer.begin(reducing=self._syncing and not resting, completes=is_last)
 
     def _leave_backward(self) -> None:
         self._task = -1

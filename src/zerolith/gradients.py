@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
 from zerolith.buffer import FlatBuffer
-from zerolith.comm import Comm, Pending, done
-from zerolith.departures import Departed
+from zerolith.comm import Comm, Pending, block_squares, done
+from zerolith.departures import Departed, Departures
+from zerolith.layout import BLOCK
 from zerolith.parameter import refuse_away
 from zerolith.partitioning import REPLICATE, SHARD, Partitioning
 from zerolith.precision import Precision
@@ -52,7 +53,7 @@ class Gradients:
         self.is_away = False  # lent: without memory, and not to be touched
         self.runs_behind = False  # whether the section is updated behind the forward that follows a step
         self.is_held = False  # an update that runs behind reads them, and resets them afterwards
-        self.squares: Tensor | None = None  # see `norms`, of a sum that may be gone
+        self._squares: Tensor | None = None  # see `squares`
 
     @property
     def sum(self) -> FlatBuffer:
@@ -68,6 +69,13 @@ class Gradients:
             self._buffer.data.zero_()
         return self._buffer
 
+    @property
+    def squares(self) -> Tensor:
+        """(blocks of this rank's shard,) fp64: the square sums of those of `sum`. Does not wait for the device."""
+        if self._squares is None:
+            self._squares = block_squares(self.sum.own().data)
+        return self._squares
+
     def held(self) -> list[Tensor]:
         """What is in memory of the gradients since the last step."""
         terms = [term.buffer.data for term in (self.term, self._lender) if term is not None]
@@ -77,6 +85,7 @@ class Gradients:
         """This rank's shard of `sum`, zeros, to be filled with what an earlier run had reduced since its last step."""
         self.fresh = False
         self.gathered = self.partitioning.optim is SHARD
+        self.edited()
         return self.sum.own()
 
     def _to_overwrite(self) -> FlatBuffer:
@@ -100,8 +109,11 @@ class Gradients:
                 self.term.add(index, earlier.buffer.slot(index))
         self.term.add(index, grad)
 
-    def start_reduce(self) -> Pending:
-        """Begin to add this term, summed over ranks, to the rest gradients. Collective, also without a term."""
+    def start_reduce(self, *, completes: bool) -> Pending:
+        """Begin to add this term, summed over ranks, to the rest gradients. Collective, also without a term.
+
+        `completes` says whether the step's sum is expected to be complete then: its squares are taken on the way.
+        """
         term = self.term or self._new_term(self.wire_dtype)
         term.complete()
         self.term, fresh = None, self.fresh
@@ -113,7 +125,9 @@ class Gradients:
             term.buffer.data.div_(self.predivide)
         sent = self._to_wire(term)
         name = f"{self.section.name}.grad"
-        pending = redistribute(sent.buffer, self._to_overwrite().own(), comm=self.comm, name=name, fresh=fresh)
+        into = self._to_overwrite().own()
+        self._squares = into.data.new_empty(into.data.numel() // BLOCK, dtype=torch.float64) if completes else None
+        pending = redistribute(sent.buffer, into, comm=self.comm, name=name, fresh=fresh, squares=self._squares)
         return pending if sent is self._lender else Then(pending, sent.give_back)
 
     def keep_late(self) -> None:
@@ -139,14 +153,23 @@ class Gradients:
     def scale(self, factor: float) -> None:
         if factor != 1.0:
             self.sum.data.mul_(factor)
+            self.edited()
+
+    def edited(self) -> None:
+        """`sum` is another one than what was reduced."""
+        self._squares = None
 
     def rescale(self, factor: float) -> None:
         """Multiply all that has come since the last step, reduced or not."""
         if factor != 1.0 and not self.fresh:
             self.scale(factor)
-            self.squares = None
         if factor != 1.0 and self.term is not None:
             self.term.buffer.data.mul_(factor)
+
+    def leave(self, departures: Departures) -> None:
+        """Begin to send this rank's shard of `sum` to the host; its squares are taken here, before."""
+        self._squares = self.squares
+        self.left = departures.send(self.sum.own(), free=self.free_here)
 
     def free(self) -> None:
         """Give the memory of the sum back, unless a term lends it; `reset` must come before anything else."""
@@ -169,7 +192,7 @@ class Gradients:
         """Something is to be added to a sum that has left."""
         there = left.arrived()
         self._free_here()
-        self.left = self.squares = None
+        self.left = self._squares = None
         self._buffer.allocate()
         self._buffer.own().data.copy_(there.data)
         left.give_back()
@@ -181,7 +204,7 @@ class Gradients:
                 term.give_back()
         if self.left is not None:
             self.left.give_back()
-        self.term = self._lender = self.left = self.squares = None
+        self.term = self._lender = self.left = self._squares = None
         self.used = [False] * len(self.used)
         self.fresh = True
         self.gathered = self.partitioning.optim is SHARD
@@ -218,6 +241,7 @@ class Reducer:
         self.comm = comm
         self.overlap = overlap
         self.reducing = False  # whether this backward reduces
+        self._completes = False  # and whether that is expected to complete a step's sums
         self.partial = False  # whether some rank's terms wait to be reduced
         self.before_first: Callable[[], None] = lambda: None  # told of every gradient before it is taken
         self.when_summed: Callable[[Gradients], None] = lambda own: None  # told of every reduction that is done
@@ -233,10 +257,13 @@ class Reducer:
         self._handles = [handle for handle, _ in hooked]
         self._leaves = [leaf for _, leaf in hooked]  # autograd's nodes that accumulate
 
-    def begin(self, *, reducing: bool) -> None:
-        """A backward begins; `reducing` says whether its gradients leave now. The same on all ranks."""
+    def begin(self, *, reducing: bool, completes: bool = False) -> None:
+        """A backward begins; `reducing` says whether its gradients leave now. The same on all ranks.
+
+        `completes`: no other backward is expected before the step.
+        """
         self.wait_for_gathers()  # what is being gathered may get another term
-        self.reducing = reducing
+        self.reducing, self._completes = reducing, completes
         self._sequence.restart()
 
     def ready(self, number: int) -> None:
@@ -254,10 +281,10 @@ class Reducer:
         if not self._follows:
             self._learn_order()
 
-    def flush(self) -> None:
-        """Reduce what rests. Collective."""
+    def flush(self, *, completes: bool = False) -> None:
+        """Reduce what rests. Collective. `completes`: see `begin`."""
         if self.partial:
-            self.begin(reducing=True)
+            self.begin(reducing=True, completes=completes)
             self._reduce_rest()
 
     def _reduce_rest(self) -> None:
@@ -274,7 +301,8 @@ class Reducer:
         `late`, the same on all ranks: whose late terms are reduced before (see [Note: late terms]). A module that runs
         in two parts of reentrant checkpointing leaves one, or a parameter that is used outside its module.
         """
-        self.flush()
+        self.flush(completes=True)
+        self._completes = True
         for number, is_late in enumerate(late):
             if is_late:
                 self.wait()
@@ -342,7 +370,7 @@ class Reducer:
         self.wait()
         with torch.no_grad():
             own = self.gradients[number]
-            self._in_flight.append((own, own.start_reduce()))
+            self._in_flight.append((own, own.start_reduce(completes=self._completes)))
         if not self.overlap:
             self.wait()
 

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, strategies as st
 
 from harness import run_ranks
-from zerolith.comm import Comm, Journal, Pool, add_into, default_comm
+from zerolith.comm import Comm, Journal, Pool, add_into, block_squares, communicator, default_comm
+from zerolith.layout import BLOCK
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 CPU = torch.device("cpu")
@@ -45,6 +46,19 @@ def test_fresh_does_not_read_what_was_there() -> None:
     into = torch.full((4,), torch.nan)
     add_into(into, [torch.ones(4, dtype=BF16)], fresh=True)
     assert torch.equal(into, torch.ones(4))
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, torch.float64], ids=str)
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_first_fresh_term_may_be_the_accumulator(dtype: torch.dtype, count: int) -> None:
+    torch.manual_seed(0)
+    into, *others = (torch.randn(BLOCK).to(dtype) for _ in range(count))
+    expected, squares = into.clone(), torch.zeros(1, dtype=torch.float64)
+    for other in others:
+        expected += other
+    add_into(into, [into, *others], fresh=True, squares=squares)
+    assert torch.equal(into, expected)
+    assert torch.equal(squares, block_squares(expected))
 
 
 # --- pool and journal -------------------------------------------------------------------------------
@@ -154,6 +168,26 @@ def check_gather_and_reduce(comm: Comm) -> None:
             expected = term if expected is None else expected + term
         comm.reduce_scatter(terms[rank].clone(), into, fresh=fresh, name="reduce").wait()
         assert torch.equal(into, expected)
+
+
+def check_squares_of_sums(comm: Comm, kept_bytes: int, dtype: torch.dtype) -> None:
+    numel = 5 * BLOCK
+    generator = torch.Generator().manual_seed(5 + comm.rank)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(communicator, "KEPT_BYTES", kept_bytes)
+        into, squares = torch.ones(numel, dtype=dtype), torch.full((5,), -1.0, dtype=torch.float64)
+        for fresh in (True, False):
+            whole = torch.randn(comm.size * numel, generator=generator, dtype=dtype)
+            comm.reduce_scatter(whole, into, fresh=fresh, squares=squares, name="reduce").wait()
+            assert torch.equal(squares, block_squares(into))
+            assert torch.allclose(squares, into.double().view(5, -1).square().sum(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kept_bytes", [2**20, 100], ids=["at once", "in turns"])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_reduction_takes_the_squares_of_its_sum(size: int, kept_bytes: int, dtype: torch.dtype) -> None:
+    run_ranks(size, lambda: check_squares_of_sums(default_comm(), kept_bytes, dtype))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

@@ -22,7 +22,7 @@ TOP = Path(__file__).parents[2] / "src" / "zerolith"
 # A part (a module, or a package with all that is in it) imports only from parts before it.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "layout", "partitioning", "config"),  # 0: pure
-    ("comm", "memory", "precision", "kernels"),  # 1: one process and its surroundings
+    ("kernels", "comm", "memory", "precision"),  # 1: one process and its surroundings
     (
         "forward",
         "outputs",

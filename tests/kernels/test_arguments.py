@@ -67,12 +67,14 @@ WRONG: dict[str, Callable[[], object]] = {
     r"momentum_buffer: needed with a momentum": lambda: kernels.sgd(array(), None, array(), lr=1, step=1, momentum=0.9),
     r"momentum_buffer: .* momentum is 0.0": lambda: kernels.sgd(array(), array(), array(), lr=1, step=1),
     r"nesterov needs a momentum": lambda: kernels.sgd(array(), None, array(), lr=1, step=1, nesterov=True),
-    r"grad is int64": lambda: kernels.square_sum(torch.zeros(3, dtype=torch.int64)),
-    r"blocks has 2 elements on cpu; 1 on cpu are needed": lambda: kernels.square_sum(
-        array(), blocks=array(2, torch.float64)
+    r"values is int64": lambda: kernels.square_sums(torch.zeros(3, dtype=torch.int64)),
+    r"blocks has 2 elements on cpu; 1 on cpu are needed": lambda: kernels.add(
+        array(), [array()], blocks=array(2, torch.float64)
     ),
-    r"blocks is float32; it must be float64": lambda: kernels.square_sum(array(), blocks=array(1)),
-    r"target is bfloat16": lambda: kernels.accumulate(array(dtype=torch.bfloat16), array()),
+    r"blocks is float32; it must be float64": lambda: kernels.add(array(), [array()], blocks=array(1)),
+    r"target is bfloat16": lambda: kernels.add(array(dtype=torch.bfloat16), [array()]),
+    r"terms\[1\] is bfloat16; it must be float32": lambda: kernels.add(array(), [array(), array(dtype=torch.bfloat16)]),
+    r"terms: there is none": lambda: kernels.add(array(), []),
     r"master is float64": lambda: kernels.split(array(dtype=torch.float64)),
     r"weight is float16": lambda: kernels.join(
         kernels.SplitMaster(array(dtype=torch.float16), array(dtype=torch.int16))

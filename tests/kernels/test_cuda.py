@@ -8,9 +8,10 @@ import torch
 from kernels.cases import RECIPES, TARGETS, Values, any_bits, ordinary, run, same, wild
 from zerolith import kernels
 from zerolith.kernels import reference
-from zerolith.kernels.arrays import BLOCK, CHUNK, FORMATS
+from zerolith.kernels.arrays import CHUNK, FORMATS
 from zerolith.kernels.backend import backend_for
 from zerolith.kernels.recipe import Recipe
+from zerolith.layout import BLOCK
 
 pytestmark = pytest.mark.gpu
 
@@ -38,14 +39,18 @@ def test_updates_equal_the_reference(recipe: Recipe, dtype: torch.dtype, target:
 @pytest.mark.parametrize("numel", [0, 1, 257, CHUNK + 1, 130 * CHUNK + 5])
 def test_sums_equal_those_of_the_cpu(dtype: torch.dtype, numel: int) -> None:
     torch.manual_seed(1)
-    values, target = torch.randn(numel).to(dtype), torch.randn(numel)
-    expected, blocks = (torch.zeros(-(-numel // BLOCK), dtype=torch.float64) for _ in range(2))
-    mine = blocks.cuda()
-    assert kernels.square_sum(values.cuda(), blocks=mine) == kernels.square_sum(values, blocks=expected)
-    assert torch.equal(mine.cpu(), expected)
-    there = target.cuda()
-    assert kernels.accumulate(there, values.cuda()) == kernels.accumulate(target, values)
-    assert torch.equal(there.cpu(), target)
+    terms, target = [torch.randn(numel).to(dtype) for _ in range(3)], torch.randn(numel)
+    there = [term.cuda() for term in terms]
+    assert torch.equal(kernels.square_sums(there[0]).cpu(), kernels.square_sums(terms[0]))
+    for fresh in (False, True):
+        for some in (slice(1), slice(3)):
+            expected, mine = target.clone(), target.cuda()
+            squares = torch.zeros(-(-numel // BLOCK), dtype=torch.float64)
+            blocks = squares.cuda()
+            kernels.add(mine, there[some], fresh=fresh, blocks=blocks)
+            kernels.add(expected, terms[some], fresh=fresh, blocks=squares)
+            assert torch.equal(mine.cpu(), expected)
+            assert torch.equal(blocks.cpu(), squares)
 
 
 def test_splitting_and_joining_equal_those_of_the_cpu() -> None:

@@ -51,10 +51,16 @@ def test_updates(kind: Kind, is_split: bool, has_out: bool) -> None:
 
 
 @pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("squares", [False, True])
 @pytest.mark.parametrize("values", GRADS)
-def test_sums(adds: bool, values: str) -> None:
+def test_sums(adds: bool, squares: bool, values: str) -> None:
     from zerolith.kernels import triton_kernels as kernels
 
-    types = {"values": values, "targets": "*fp32" if adds else values, "sums": "*fp64", "numel": "i32"}
-    constants = {"ADDS": adds, "BLOCKS": kernels.TILE_BLOCKS, "LANES": kernels.LANES}
-    assert_exact(operations(kernels._square_sums, types, constants))
+    types = {"values": values, "targets": "*fp32", "squares": "*fp64", "numel": "i32"}
+    constants = {
+        "WRITES": True, "ADDS": adds, "SQUARES": squares, "BLOCKS": kernels.TILE_BLOCKS, "LANES": kernels.LANES
+    }  # fmt: skip
+    found = operations(kernels._sums, types, constants)
+    assert bool(found) == (adds or squares)
+    if found:
+        assert_exact(found)

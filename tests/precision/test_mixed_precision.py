@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -97,11 +98,14 @@ def micro_gradients(model: nn.Module, micro: Batch, mixed: Mixed, scale: float) 
 
 
 def block_norm(tensors: list[Tensor]) -> float:
-    """The 2-norm, with squares summed up in blocks of 256 elements and then exactly."""
+    """The 2-norm, with squares summed up in blocks of 256 elements, in 16 lanes of fp64, and then exactly."""
     squares: list[float] = []
     for tensor in tensors:
-        blocks = padded(tensor.float()).view(-1, BLOCK)
-        squares += torch.linalg.vector_norm(blocks, dim=1).double().square().tolist()
+        lanes = padded(tensor.double()).square().view(-1, BLOCK // 16, 16)
+        total = functools.reduce(torch.add, lanes.unbind(1))
+        for width in (8, 4, 2, 1):
+            total = total[:, :width] + total[:, width:]
+        squares += total.flatten().tolist()
     return math.sqrt(math.fsum(squares))
 
 

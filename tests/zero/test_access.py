@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -103,6 +104,32 @@ def set_everything(stage: int, precision: dict[str, Any]) -> None:
 @PRECISIONS
 def test_what_is_set_is_what_the_next_step_uses(stage: int, precision: dict[str, Any]) -> None:
     run_ranks(2, set_everything, stage, precision)
+
+
+def norm_of_edited(stage: int, precision: dict[str, Any], micro_batches: int) -> None:
+    engine = make_engine(stage, gradient_accumulation_steps=micro_batches, **precision)
+    data = token_batches(1, 8 * micro_batches)[0].chunk(micro_batches)
+    for part in data:
+        backward(engine, part)
+        grads = {name: safe_get_full_grad(param) for name, param in engine.module.named_parameters()}
+        if part is not data[-1]:
+            engine.step()
+    edited = dict(list(grads.items())[::2])
+    for number, name in enumerate(edited):
+        grads[name] = torch.full_like(grads[name], float(number))
+        safe_set_full_grad(engine.module.get_parameter(name), grads[name])
+    engine.step()
+    squares = (float(grad.double().square().sum()) for grad in grads.values())
+    assert engine.get_global_grad_norm() == pytest.approx(math.sqrt(math.fsum(squares)), rel=1e-6)
+
+
+@STAGES
+@PRECISIONS
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_the_norm_is_that_of_gradients_as_they_were_set(
+    stage: int, precision: dict[str, Any], micro_batches: int
+) -> None:
+    run_ranks(2, norm_of_edited, stage, precision, micro_batches)
 
 
 class HalfUsed(nn.Module):

@@ -8,7 +8,7 @@ from zerolith.comm.clock import CommsLog as CommsLog, Timing as Timing
 from zerolith.comm.communicator import Comm as Comm, Pending as Pending, done as done
 from zerolith.comm.handshake import agree as agree, handshake as handshake
 from zerolith.comm.journal import Journal as Journal, Traffic as Traffic
-from zerolith.comm.ordered import add_into as add_into
+from zerolith.comm.ordered import add_into as add_into, block_squares as block_squares
 from zerolith.comm.pool import Pool as Pool
 from zerolith.comm.start import (
     TIMEOUT as TIMEOUT,

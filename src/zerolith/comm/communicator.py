@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from zerolith.comm.journal import Journal, Traffic
 from zerolith.comm.ordered import add_into
 from zerolith.comm.pool import KEPT_BYTES, Pool
 from zerolith.errors import CollectiveMismatchError, PeerLostError
+from zerolith.layout import BLOCK
 
 
 class Pending(Protocol):
@@ -72,17 +73,20 @@ class Comm:
         sent = self._note(name, "all_gather", whole)
         return self._timed(self._gather(self, whole, name), "all_gather", name, sent)
 
-    def reduce_scatter(self, whole: Tensor, into: Tensor, *, fresh: bool, name: str) -> Pending:
+    def reduce_scatter(
+        self, whole: Tensor, into: Tensor, *, fresh: bool, name: str, squares: Tensor | None = None
+    ) -> Pending:
         """into (+)= the sum over ranks of their `whole`'s piece for this rank.
 
         whole: (size * n,) in the wire dtype, untouched until waited for. into: (n,) in the accumulation dtype;
-        overwritten if `fresh`, else added to.
+        overwritten if `fresh`, else added to. squares: (blocks,) fp64 gets the square sums of `into`'s blocks.
         """
+        total = _Total(into, fresh, squares)
         if self.size == 1:
-            add_into(into, [whole], fresh=fresh)
+            total.add([whole])
             return done()
         sent = self._note(name, "reduce_scatter", whole)
-        return self._timed(self._reduce(self, whole, into, fresh, name), "reduce_scatter", name, sent)
+        return self._timed(self._reduce(self, whole, total, name), "reduce_scatter", name, sent)
 
     def all_to_all(self, out: Tensor, inp: Tensor, out_splits: list[int], in_splits: list[int], *, name: str) -> None:
         """Exchange ragged flat pieces: in_splits[r] elements go to rank r, out_splits[r] come from it."""
@@ -179,45 +183,64 @@ def _gather_by_ring(comm: Comm, whole: Tensor, name: str) -> _Pending:
     return _Pending([_guard(name, _ALL_GATHER, whole, own, group=comm.group, async_op=True)], name)
 
 
-def _reduce_ordered(comm: Comm, whole: Tensor, into: Tensor, fresh: bool, name: str) -> _Pending:
+class _Total(NamedTuple):
+    """What a reduction adds to."""
+
+    into: Tensor
+    fresh: bool
+    squares: Tensor | None
+
+    def add(self, terms: Sequence[Tensor]) -> None:
+        add_into(self.into, terms, fresh=self.fresh, squares=self.squares)
+
+    def part(self, start: int, stop: int) -> _Total:
+        """Whole blocks of it, from `start` on; the last one may end before."""
+        squares = None if self.squares is None else self.squares[start // BLOCK : -(-stop // BLOCK)]
+        return _Total(self.into[start:stop], self.fresh, squares)
+
+
+def _reduce_ordered(comm: Comm, whole: Tensor, total: _Total, name: str) -> _Pending:
     """Exchange the pieces and add them in rank order: the same bits whatever the placement, and 1x the bytes."""
-    if whole.nbytes > KEPT_BYTES:
-        return _reduce_in_turns(comm, whole, into, fresh, name)
+    reduce = _reduce_in_turns if whole.nbytes > KEPT_BYTES else _reduce_at_once
+    return reduce(comm, whole, total, name)
+
+
+def _reduce_at_once(comm: Comm, whole: Tensor, total: _Total, name: str) -> _Pending:
     received = comm.pool.take(whole.numel(), dtype=whole.dtype, device=whole.device)
     work = _guard(name, dist.all_to_all_single, received, whole, group=comm.group, async_op=True)
 
     def finish() -> None:
-        add_into(into, [_piece(received, rank, comm.size) for rank in range(comm.size)], fresh=fresh)
+        total.add([_piece(received, rank, comm.size) for rank in range(comm.size)])
         comm.pool.give(received)
 
     return _Pending([work], name, finish)
 
 
-def _reduce_in_turns(comm: Comm, whole: Tensor, into: Tensor, fresh: bool, name: str) -> _Pending:
+def _reduce_in_turns(comm: Comm, whole: Tensor, total: _Total, name: str) -> _Pending:
     """Reduce a bounded part of every piece at a time: scratch as large as `whole` would stand at a step's peak."""
     pieces = whole.view(comm.size, -1)
-    width = KEPT_BYTES // (4 * comm.size * whole.element_size())
+    width = max(KEPT_BYTES // (4 * comm.size * whole.element_size()) // BLOCK, 1) * BLOCK
 
     def turn(start: int) -> _Pending:
-        part = slice(start, start + width)
-        return _reduce_ordered(comm, pieces[:, part].contiguous().view(-1), into[part], fresh, name)
+        part = pieces[:, start : start + width].contiguous().view(-1)
+        return _reduce_at_once(comm, part, total.part(start, min(start + width, total.into.numel())), name)
 
     first = turn(0)
 
     def finish() -> None:
         first.wait()
-        for start in range(width, into.numel(), width):
+        for start in range(width, total.into.numel(), width):
             turn(start).wait()
 
     return _Pending((), name, finish)
 
 
-def _reduce_by_ring(comm: Comm, whole: Tensor, into: Tensor, fresh: bool, name: str) -> _Pending:
-    own = comm.pool.take(into.numel(), dtype=whole.dtype, device=whole.device)
+def _reduce_by_ring(comm: Comm, whole: Tensor, total: _Total, name: str) -> _Pending:
+    own = comm.pool.take(total.into.numel(), dtype=whole.dtype, device=whole.device)
     work = _guard(name, _REDUCE_SCATTER, own, whole, group=comm.group, async_op=True)
 
     def finish() -> None:
-        add_into(into, [own], fresh=fresh)
+        total.add([own])
         comm.pool.give(own)
 
     return _Pending([work], name, finish)
@@ -228,6 +251,6 @@ _ALL_GATHER: Callable[..., Any] = getattr(dist, "all_gather_single", None) or di
 _REDUCE_SCATTER: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 _Gather = Callable[[Comm, Tensor, str], _Pending]
-_Reduce = Callable[[Comm, Tensor, Tensor, bool, str], _Pending]
+_Reduce = Callable[[Comm, Tensor, _Total, str], _Pending]
 GATHER: dict[str, _Gather] = {"nccl": _gather_by_ring, "gloo": _gather_by_broadcast}
 REDUCE: dict[str, _Reduce] = {"nccl": _reduce_by_ring, "gloo": _reduce_ordered}

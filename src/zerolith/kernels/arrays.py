@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from zerolith.errors import UsageError
+from zerolith.layout import BLOCK
 
 FORMATS = (torch.float32, torch.bfloat16, torch.float16)  # of gradients and of weights that are written out
-BLOCK = 256  # elements of one term of a square sum
-CHUNK = 256 * BLOCK  # elements whose terms are added first
+CHUNK = 256 * BLOCK  # elements that a thread takes at a time
 
 
 class SplitMaster(NamedTuple):

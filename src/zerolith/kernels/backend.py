@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -21,11 +22,11 @@ class Backend(Protocol):
     def update(self, recipe: Recipe, arrays: Arrays, *, threads: int) -> None:
         """One step on whole arrays."""
 
-    def square_sum(self, values: Tensor, blocks: Tensor | None, *, threads: int) -> float:
-        """The sum of squares of `values`; those of its blocks go to `blocks`, if given."""
+    def square_sums(self, values: Tensor, blocks: Tensor, *, threads: int) -> None:
+        """The sums of squares of the blocks of `values`."""
 
-    def accumulate(self, target: Tensor, values: Tensor, blocks: Tensor | None, *, threads: int) -> float:
-        """Add `values` to the fp32 `target`, and take the square sum of the result."""
+    def add(self, target: Tensor, terms: Sequence[Tensor], blocks: Tensor | None, *, fresh: bool, threads: int) -> None:
+        """The sum of `terms`, or of `target` and them, to `target`; the square sums of its blocks to `blocks`."""
 
     def split(self, master: Tensor, weight: Tensor, remainder: Tensor, *, threads: int) -> None:
         """Write both halves of `master`."""

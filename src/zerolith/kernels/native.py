@@ -11,25 +11,25 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_void_p
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from zerolith.errors import UsageError
-from zerolith.kernels.arrays import CHUNK, FORMATS, Arrays
+from zerolith.kernels.arrays import FORMATS, Arrays
 from zerolith.kernels.recipe import Recipe
 
 logger = logging.getLogger("zerolith")
 
 PATH = Path(__file__).with_name("libzerolith_kernels.so")
-ABI = 1  # as in csrc/library.cpp; raised when the C interface or the recipe changes
+ABI = 2  # as in csrc/library.cpp; raised when the C interface or the recipe changes
 INSTRUCTION_SETS = ("generic", "neon", "avx2", "avx512")  # by their codes, the best last
 FORMAT = {dtype: code for code, dtype in enumerate(FORMATS)}
 NO_OUT, SPLIT = 3, 4  # targets beside FORMATS; see csrc/tier.h
-STREAM_FROM = 1 << 20  # elements from which new weights are written past the caches: they would not stay there
+STREAM_FROM = 1 << 20  # elements from which results are written past the caches: they would not stay there
 
 
 REALS = (  # the fields of Scalars in csrc/tier.h, in its order
@@ -55,8 +55,11 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
         None,
         (c_int32, c_int32, c_int32, POINTER(_Scalars), POINTER(Streams), c_int32, c_int32, c_int32, c_int64),
     ),
-    "zl_square_sum": (c_double, (c_int32, c_int32, c_void_p, c_int32, c_int64, c_void_p, c_void_p)),
-    "zl_accumulate": (c_double, (c_int32, c_int32, c_void_p, c_void_p, c_int32, c_int64, c_void_p, c_void_p)),
+    "zl_square_sums": (None, (c_int32, c_int32, c_void_p, c_int32, c_int64, c_void_p)),
+    "zl_add": (
+        None,
+        (*(c_int32, c_int32, c_void_p, c_int32, POINTER(c_void_p), c_int32, c_int32, c_int64, c_void_p, c_int32),),
+    ),
     "zl_split": (None, (c_int32, c_int32, c_void_p, c_void_p, c_void_p, c_int64)),
     "zl_join": (None, (c_int32, c_int32, c_void_p, c_void_p, c_void_p, c_int64)),
     "zl_copy": (None, (c_int32, c_int32, POINTER(Streams), c_int32, c_int32, c_int64)),
@@ -91,20 +94,19 @@ class Library:
             numel >= STREAM_FROM, numel,
         )  # fmt: skip
 
-    def square_sum(self, values: Tensor, blocks: Tensor | None, *, threads: int) -> float:
-        """The sum of squares of `values`; those of its blocks go to `blocks`, if given."""
-        partial = _room_for_chunks(values)
-        return self.handle.zl_square_sum(
-            self.tier, threads, values.data_ptr(), FORMAT[values.dtype], values.numel(), partial.data_ptr(),
-            _address(blocks),
-        )  # fmt: skip
+    def square_sums(self, values: Tensor, blocks: Tensor, *, threads: int) -> None:
+        """The sums of squares of the blocks of `values`."""
+        self.handle.zl_square_sums(
+            self.tier, threads, values.data_ptr(), FORMAT[values.dtype], values.numel(), blocks.data_ptr()
+        )
 
-    def accumulate(self, target: Tensor, values: Tensor, blocks: Tensor | None, *, threads: int) -> float:
-        """Add `values` to the fp32 `target`, and take the square sum of the result."""
-        partial = _room_for_chunks(target)
-        return self.handle.zl_accumulate(
-            self.tier, threads, target.data_ptr(), values.data_ptr(), FORMAT[values.dtype], target.numel(),
-            partial.data_ptr(), _address(blocks),
+    def add(self, target: Tensor, terms: Sequence[Tensor], blocks: Tensor | None, *, fresh: bool, threads: int) -> None:
+        """The sum of `terms`, or of `target` and them, to `target`; the square sums of its blocks to `blocks`."""
+        addresses = (c_void_p * len(terms))(*(term.data_ptr() for term in terms))
+        numel = target.numel()
+        self.handle.zl_add(
+            self.tier, threads, target.data_ptr(), fresh, addresses, len(terms), FORMAT[terms[0].dtype], numel,
+            _address(blocks), fresh and numel >= STREAM_FROM,
         )  # fmt: skip
 
     def split(self, master: Tensor, weight: Tensor, remainder: Tensor, *, threads: int) -> None:
@@ -160,10 +162,6 @@ def library() -> Library | None:
             error,
         )
         return None
-
-
-def _room_for_chunks(values: Tensor) -> Tensor:
-    return torch.empty(-(-values.numel() // CHUNK), dtype=torch.float64)
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -6,13 +6,14 @@ intermediate results stay small. See [Note: recipe], [Note: square sums] and [No
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from zerolith.kernels.arrays import BLOCK, CHUNK, Arrays
+from zerolith.kernels.arrays import CHUNK, Arrays
 from zerolith.kernels.recipe import Kind, Recipe, toward
+from zerolith.layout import BLOCK
 
 SLICE = 4 * CHUNK
 LANES = 16  # of a block: each adds the squares of every 16th element
@@ -100,23 +101,25 @@ def _with_decay(k: Recipe, grad: Tensor, weight: Tensor) -> Tensor:
     return grad.add(weight.mul(k.weight_decay)) if k.weight_decay else grad
 
 
-def square_sum(values: Tensor, blocks: Tensor | None, *, threads: int) -> float:
-    """The sum of squares of `values`; those of its blocks go to `blocks`, if given."""
+def square_sums(values: Tensor, blocks: Tensor, *, threads: int) -> None:
+    """The sums of squares of the blocks of `values`."""
     flat = values.detach().view(-1)
-    total = 0.0
     for part in _slices(len(flat)):
         squares = _by_block(flat[part])
-        if blocks is not None:
-            blocks[part.start // BLOCK : part.start // BLOCK + len(squares)] = squares
-        for chunk in squares.split(CHUNK // BLOCK):
-            total += _in_order(chunk)
-    return total
+        blocks[part.start // BLOCK : part.start // BLOCK + len(squares)] = squares
 
 
-def accumulate(target: Tensor, values: Tensor, blocks: Tensor | None, *, threads: int) -> float:
-    """Add `values` to the fp32 `target`, and take the square sum of the result."""
-    target.detach().add_(values.detach().view(target.shape))
-    return square_sum(target, blocks, threads=threads)
+def add(target: Tensor, terms: Sequence[Tensor], blocks: Tensor | None, *, fresh: bool, threads: int) -> None:
+    """The sum of `terms`, or of `target` and them, to `target`; the square sums of its blocks to `blocks`."""
+    flat, *rest = (each.detach().view(-1) for each in (target, *terms))
+    for part in _slices(len(flat)):
+        left = [each[part] for each in rest]
+        if fresh:
+            flat[part].copy_(left.pop(0))
+        for term in left:
+            flat[part].add_(term.float())  # torch adds mixed dtypes element by element on the CPU: 3x slower
+    if blocks is not None:
+        square_sums(target, blocks, threads=threads)
 
 
 def _by_block(values: Tensor) -> Tensor:
@@ -128,13 +131,6 @@ def _by_block(values: Tensor) -> Tensor:
         near, far = lanes.chunk(2, dim=1)
         lanes = near + far
     return lanes[:, 0]
-
-
-def _in_order(values: Tensor) -> float:
-    total = 0.0
-    for value in values.tolist():
-        total += value
-    return total
 
 
 def split(master: Tensor, weight: Tensor, remainder: Tensor, *, threads: int) -> None:

@@ -6,19 +6,20 @@ has libdevice flush subnormal numbers. EXACT and the functions that end in _rn f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from zerolith.kernels.arrays import BLOCK, CHUNK, Arrays
+from zerolith.kernels.arrays import Arrays
 from zerolith.kernels.recipe import NUM_STATES, Kind, Recipe, toward
+from zerolith.layout import BLOCK
 
 EXACT: dict[str, Any] = {"enable_fp_fusion": False, "enable_reflect_ftz": False}  # options of a launch
 TILE = 1024  # elements of a program
-TILE_BLOCKS = 8  # blocks of a program that takes square sums
+TILE_BLOCKS = 8  # blocks of a program that adds
 LANES = 16
 
 _ADAMW, _LION = tl.constexpr(int(Kind.ADAMW)), tl.constexpr(int(Kind.LION))
@@ -125,7 +126,10 @@ def _halves(x, BLOCKS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _square_sums(values, targets, sums, numel, ADDS: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr):
+def _sums(
+    values, targets, squares, numel,
+    WRITES: tl.constexpr, ADDS: tl.constexpr, SQUARES: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
     blocks = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     lanes = tl.zeros((BLOCKS, LANES), tl.float64)
     for row in range(256 // LANES):
@@ -134,25 +138,18 @@ def _square_sums(values, targets, sums, numel, ADDS: tl.constexpr, BLOCKS: tl.co
         x = _widen(tl.load(values + at, mask=inside, other=0.0))
         if ADDS:
             x = tl.load(targets + at, mask=inside, other=0.0) + x
+        if WRITES:
             tl.store(targets + at, x, mask=inside)
-        wide = x.to(tl.float64)
-        lanes = lanes + wide * wide
-    near, far = _halves(lanes, BLOCKS, 16)
-    near, far = _halves(near + far, BLOCKS, 8)
-    near, far = _halves(near + far, BLOCKS, 4)
-    near, far = _halves(near + far, BLOCKS, 2)
-    total = tl.reshape(near + far, (BLOCKS,))
-    tl.store(sums + blocks, total, mask=blocks * 256 < numel)
-
-
-@triton.jit
-def _chunk_sums(sums, chunks, num_blocks, num_chunks, TILE: tl.constexpr):
-    chunk = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    total = tl.zeros((TILE,), tl.float64)
-    for block in range(256):
-        at = chunk.to(tl.int64) * 256 + block
-        total = total + tl.load(sums + at, mask=at < num_blocks, other=0.0)
-    tl.store(chunks + chunk, total, mask=chunk < num_chunks)
+        if SQUARES:
+            wide = x.to(tl.float64)
+            lanes = lanes + wide * wide
+    if SQUARES:
+        near, far = _halves(lanes, BLOCKS, 16)
+        near, far = _halves(near + far, BLOCKS, 8)
+        near, far = _halves(near + far, BLOCKS, 4)
+        near, far = _halves(near + far, BLOCKS, 2)
+        total = tl.reshape(near + far, (BLOCKS,))
+        tl.store(squares + blocks, total, mask=blocks * 256 < numel)
 
 
 @triton.jit
@@ -187,32 +184,25 @@ def update(recipe: Recipe, arrays: Arrays, *, threads: int) -> None:
     )  # fmt: skip
 
 
-def square_sum(values: Tensor, blocks: Tensor | None, *, threads: int) -> float:
-    """The sum of squares of `values`; those of its blocks go to `blocks`, if given. Waits for the device."""
-    return _sum(values, None, blocks)
+def square_sums(values: Tensor, blocks: Tensor, *, threads: int) -> None:
+    """The sums of squares of the blocks of `values`. Does not wait for the device."""
+    _sum(values, None, blocks, adds=False)
 
 
-def accumulate(target: Tensor, values: Tensor, blocks: Tensor | None, *, threads: int) -> float:
-    """Add `values` to the fp32 `target`, and take the square sum of the result. Waits for the device."""
-    return _sum(values, target, blocks)
+def add(target: Tensor, terms: Sequence[Tensor], blocks: Tensor | None, *, fresh: bool, threads: int) -> None:
+    """The sum of `terms`, or of `target` and them, to `target`; the square sums of its blocks to `blocks`."""
+    for number, term in enumerate(terms):
+        is_last = number == len(terms) - 1
+        _sum(term, target, blocks if is_last else None, adds=not fresh or number > 0)
 
 
-def _sum(values: Tensor, target: Tensor | None, blocks: Tensor | None) -> float:
+def _sum(values: Tensor, target: Tensor | None, blocks: Tensor | None, *, adds: bool) -> None:
     numel = values.numel()
-    num_blocks, num_chunks = triton.cdiv(numel, BLOCK), triton.cdiv(numel, CHUNK)
-    if numel == 0:
-        return 0.0
-    sums = torch.empty(num_blocks, dtype=torch.float64, device=values.device) if blocks is None else blocks
-    chunks = torch.empty(num_chunks, dtype=torch.float64, device=values.device)
-    _square_sums[(triton.cdiv(num_blocks, TILE_BLOCKS),)](
-        values, values if target is None else target, sums, numel,
-        ADDS=target is not None, BLOCKS=TILE_BLOCKS, LANES=LANES, **EXACT,
-    )  # fmt: skip
-    _chunk_sums[(triton.cdiv(num_chunks, 128),)](sums, chunks, num_blocks, num_chunks, TILE=128, **EXACT)
-    total = 0.0
-    for chunk in chunks.tolist():
-        total += chunk
-    return total
+    if numel:
+        _sums[(triton.cdiv(numel, BLOCK * TILE_BLOCKS),)](
+            values, values if target is None else target, values if blocks is None else blocks, numel,
+            WRITES=target is not None, ADDS=adds, SQUARES=blocks is not None, BLOCKS=TILE_BLOCKS, LANES=LANES, **EXACT,
+        )  # fmt: skip
 
 
 def split(master: Tensor, weight: Tensor, remainder: Tensor, *, threads: int) -> None:

@@ -20,7 +20,6 @@ from torch import Tensor
 from zerolith.comm import Comm, agree
 from zerolith.errors import UsageError
 from zerolith.gradients import Gradients
-from zerolith.optim.norms import block_squares
 
 Options = list[dict[str, Any]]  # of each param group
 
@@ -88,13 +87,12 @@ class Ahead:
             or not _has_elements(own, self._comm.rank)
         ):
             return
-        squares = block_squares(own)
-        if self._checks and not torch.isfinite(squares).all():
+        if self._checks and not torch.isfinite(own.squares).all():
             self._phase = _Phase.STOPPED  # in backward all that comes after it is not finite either, most of the time
             return
         if own.section.edited():
             own.section.adopt_edits()
-        own.squares, own.section.is_ahead = squares, True
+        own.section.is_ahead = True
         self.begun[own] = None
         self._begin(own, self._options, 1.0 / self._terms())
 

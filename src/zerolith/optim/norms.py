@@ -42,8 +42,9 @@ def examine(
     Collective. With `fingerprint`, ranks also compare the collectives that they have issued so far.
     Raises CollectiveMismatchError on every rank if they differ.
     """
-    squares = [_squares_of(own) for own in gradients]
-    largest = max((float(square.max()) for square in squares if square.numel()), default=0.0)
+    squares = [own.squares for own in gradients]
+    highest = [float(square.max()) for square in squares if square.numel()]
+    largest = max((each if math.isfinite(each) else math.inf for each in highest), default=0.0)
     flags = [float(used) for own in gradients for used in own.used]
     print_ = float(comm.journal.fingerprint) if fingerprint else 0.0
     largest, high, low, *flags = comm.max([largest, print_, -print_, *flags, *map(float, late)], name="gradient facts")
@@ -56,28 +57,6 @@ def examine(
     blocks = sum(slot.padded.numel for own in gradients for slot in own.section.layout.slots) // BLOCK
     total = sum(comm.sum(_exact_parts(squares, largest, blocks), name="gradient norm"))
     return GradientFacts(math.sqrt(total), False, used, is_late, "")
-
-
-def _squares_of(own: Gradients) -> Tensor:
-    if own.squares is None or (own.left is not None and not torch.isfinite(own.squares).all()):
-        return block_squares(own)
-    return own.squares
-
-
-def fast_squares(own: Gradients) -> Tensor:
-    """As `block_squares`, but also inf or NaN where a square is too large for fp32. Does not wait for the device."""
-    shard = own.sum.own().data.view(-1, BLOCK)
-    dtype = torch.promote_types(shard.dtype, torch.float32)
-    return torch.linalg.vector_norm(shard, dim=1, dtype=dtype).double().square_()
-
-
-def block_squares(own: Gradients) -> Tensor:
-    """(blocks of this rank's shard,) fp64: the sum of squares of each block; inf where one is not finite."""
-    shard, squares = own.sum.own().data.view(-1, BLOCK), fast_squares(own)
-    beyond = ~torch.isfinite(squares)  # fp32 has no room for the squares of numbers from 1e19 on
-    if beyond.any():
-        squares[beyond] = shard[beyond].double().square_().sum(dim=1).nan_to_num_(nan=math.inf, posinf=math.inf)
-    return squares
 
 
 def _exact_parts(squares: Sequence[Tensor], largest: float, blocks: int) -> list[float]:

@@ -21,7 +21,6 @@ from zerolith.memory.lane import Copier
 from zerolith.optim.ahead import Ahead
 from zerolith.optim.behind import Behind, alike, can_run_ahead, can_run_behind, has_hooks, options_of
 from zerolith.optim.holdings import Holdings
-from zerolith.optim.norms import fast_squares
 from zerolith.optim.one_pass import OnePass
 from zerolith.section import Section
 
@@ -140,7 +139,6 @@ class PartitionedOptimizer(Holdings):
         """A section's gradient is reduced: begin its update, or its way to the host, if nothing more is to come."""
         self.ahead.summed(own)
         if self._departures_of(own) is not None and self._is_last and own not in self.ahead.begun:
-            own.squares = fast_squares(own)
             self._send(own)
 
     def give_up(self) -> bool:
@@ -264,7 +262,7 @@ class PartitionedOptimizer(Holdings):
         departures = self._departures_of(own)
         if departures is not None and own.left is None:
             with _slower():
-                own.left = departures.send(own.sum.own(), free=own.free_here)
+                own.leave(departures)
 
     def _land(self, own: Gradients) -> None:
         """Make room on the host for what a step makes of weights that are far; without memory they take another way."""

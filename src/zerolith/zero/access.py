@@ -211,7 +211,7 @@ def _grad_to_set(owner: Owner) -> list[Part]:
             "step()"
         )
     own.used[place.index] = True  # a step uses it even if backward gave it none
-    own.squares = None
+    own.edited()
     return _grad_parts(owner)
 
 

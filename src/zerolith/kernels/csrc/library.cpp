@@ -1,7 +1,7 @@
 // The C interface: picks the functions of an instruction set and hands them chunks of the arrays, thread by thread.
 //
-// What is called here is right for any number of threads: an element's result depends on that element alone, and sums
-// are taken per chunk and added in the order of the chunks.
+// What is called here is right for any number of threads: an element's result depends on that element alone, and a
+// square sum on the elements of its block.
 #include "threads.h"
 #include "tier.h"
 
@@ -13,7 +13,7 @@
 
 namespace {
 
-constexpr int ABI = 1;  // native.py knows it by the same number
+constexpr int ABI = 2;  // native.py knows it by the same number
 constexpr int ITEM_BYTES[] = {4, 2, 2, 0, 2};
 
 enum TierCode : int32_t { GENERIC, NEON, AVX2, AVX512 };
@@ -66,19 +66,6 @@ Index size_of(Index chunk, Index numel) {
     return left < CHUNK ? left : CHUNK;
 }
 
-double sum_chunks(const Sum* function, int32_t threads, const void* values, int32_t format, float* sum, Index numel,
-                  double* partial, double* blocks) {
-    const Sum each = function[format];
-    for_each_chunk(threads, chunks_of(numel), [=](Index chunk) {
-        const Index begin = chunk * CHUNK;
-        partial[chunk] = each((const char*)values + begin * ITEM_BYTES[format], moved(sum, begin * 4),
-                              size_of(chunk, numel), moved(blocks, begin / BLOCK * 8));
-    });
-    double total = 0.0;
-    for (Index chunk = 0; chunk < chunks_of(numel); ++chunk) total += partial[chunk];
-    return total;
-}
-
 }  // namespace
 
 EXPORT int32_t zl_abi() { return ABI; }
@@ -94,15 +81,25 @@ EXPORT void zl_update(int32_t tier, int32_t threads, int32_t kind, const Scalars
     });
 }
 
-// partial: room for one number per chunk; blocks: for one per block, or null.
-EXPORT double zl_square_sum(int32_t tier, int32_t threads, const void* values, int32_t format, Index numel,
-                            double* partial, double* blocks) {
-    return sum_chunks(tier_of(tier)->square_sum, threads, values, format, nullptr, numel, partial, blocks);
+// blocks: room for one number per block.
+EXPORT void zl_square_sums(int32_t tier, int32_t threads, const void* values, int32_t format, Index numel,
+                           double* blocks) {
+    const Squares each = tier_of(tier)->square_sums[format];
+    for_each_chunk(threads, chunks_of(numel), [=](Index chunk) {
+        const Index begin = chunk * CHUNK;
+        each((const char*)values + begin * ITEM_BYTES[format], size_of(chunk, numel), blocks + begin / BLOCK);
+    });
 }
 
-EXPORT double zl_accumulate(int32_t tier, int32_t threads, float* sum, const void* values, int32_t format, Index numel,
-                            double* partial, double* blocks) {
-    return sum_chunks(tier_of(tier)->accumulate, threads, values, format, sum, numel, partial, blocks);
+// blocks: as above, or null.
+EXPORT void zl_add(int32_t tier, int32_t threads, float* sum, int32_t fresh, const void* const* terms,
+                   int32_t num_terms, int32_t format, Index numel, double* blocks, int32_t streaming) {
+    const Add each = tier_of(tier)->add[format];
+    for_each_chunk(threads, chunks_of(numel), [=](Index chunk) {
+        const Index begin = chunk * CHUNK;
+        each(sum + begin, fresh, terms, num_terms, begin, size_of(chunk, numel), moved(blocks, begin / BLOCK * 8),
+             streaming);
+    });
 }
 
 EXPORT void zl_split(int32_t tier, int32_t threads, float* master, uint16_t* weight, int16_t* remainder, Index numel) {

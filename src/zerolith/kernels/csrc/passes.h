@@ -149,7 +149,6 @@ template <class Format>
 inline double block_square_sum(const char* values) {
     WidePair lanes[LANES / W] = {};
     for (Index row = 0; row < BLOCK; row += ROW) {
-        fetch<Format::bytes>(values, row);
 #pragma GCC unroll 8
         for (int part = 0; part < ROW / W; ++part) {
             const WidePair x = widen_to_fp64<Format>(values + (row + part * W) * Format::bytes);
@@ -166,49 +165,76 @@ inline double block_square_sum(const char* values) {
 }
 
 template <class Format>
-inline void add_block(float* sum, const char* values) {
-    for (Index row = 0; row < BLOCK; row += ROW) {
-        fetch<Format::bytes>(values, row);
-        fetch<4>(sum, row);
+void square_sums(const void* values, Index numel, double* blocks) {
+    for (Index begin = 0; begin < numel; begin += BLOCK) {
+        const char* from = item<Format>(values, begin);
+        alignas(64) char padded[BLOCK * 4] = {};
+        if (numel - begin < BLOCK) {
+            __builtin_memcpy(padded, from, (numel - begin) * Format::bytes);
+            from = padded;
+        } else {
+            for (Index row = 0; row < BLOCK; row += ROW) fetch<Format::bytes>(from, row);
+        }
+        blocks[begin / BLOCK] = block_square_sum<Format>(from);
+    }
+}
+
+// total = (adding to it, or to nothing) the block's elements of each term, from the left.
+template <class Format>
+inline void add_block(float* total, bool fresh, const void* const* terms, int num_terms, Index begin) {
+    for (int term = 0; term < num_terms; ++term) {
+        const char* values = item<Format>(terms[term], begin);
+        const bool first = fresh && term == 0;
+        for (Index row = 0; row < BLOCK; row += ROW) {
+            fetch<Format::bytes>(values, row);
 #pragma GCC unroll 8
-        for (Index at = row; at < row + ROW; at += W) {
-            store(sum + at, load<Floats>(sum + at) + Format::widen(values + at * Format::bytes));
+            for (Index at = row; at < row + ROW; at += W) {
+                const Floats x = Format::widen(values + at * Format::bytes);
+                store(total + at, first ? x : load<Floats>(total + at) + x);
+            }
         }
     }
 }
 
-template <class Format, bool accumulating>
-inline double sum_block(const char* values, float* sum) {
-    if constexpr (!accumulating) return block_square_sum<Format>(values);
-    add_block<Format>(sum, values);
-    return block_square_sum<Fp32>(reinterpret_cast<const char*>(sum));
+template <bool streaming>
+inline void put_block(float* sum, const float* total) {
+#pragma GCC unroll 8
+    for (Index at = 0; at < BLOCK; at += W) put<streaming>(sum + at, load<Floats>(total + at));
 }
 
-// Fewer elements than a block, filled up with zeros.
-template <class Format, bool accumulating>
-double sum_part(const char* values, float* sum, Index count) {
-    alignas(64) char padded[BLOCK * 4] = {};
-    alignas(64) float padded_sum[BLOCK] = {};
-    __builtin_memcpy(padded, values, count * Format::bytes);
-    if (accumulating) __builtin_memcpy(padded_sum, sum, count * 4);
-    const double term = sum_block<Format, accumulating>(padded, padded_sum);
-    if (accumulating) __builtin_memcpy(sum, padded_sum, count * 4);
-    return term;
-}
-
-// The sum of squares of `numel` elements, a chunk or less, block after block; of the new `sum` if accumulating.
-template <class Format, bool accumulating>
-double square_sum(const void* values, float* sum, Index numel, double* blocks) {
-    double total = 0.0;
-    for (Index begin = 0; begin < numel; begin += BLOCK) {
-        const char* from = item<Format>(values, begin);
-        const Index count = numel - begin;
-        const double term = count < BLOCK ? sum_part<Format, accumulating>(from, sum + begin, count)
-                                          : sum_block<Format, accumulating>(from, sum + begin);
-        if (blocks) blocks[begin / BLOCK] = term;
-        total += term;
+// Elements [begin, begin + numel) of the terms to `sum`; the square sums of what comes out to `blocks`, if given.
+template <class Format>
+void add_terms(float* sum, bool fresh, const void* const* terms, int32_t num_terms, Index begin, Index numel,
+               double* blocks, bool streaming) {
+    streaming = streaming && reinterpret_cast<uintptr_t>(sum) % sizeof(Floats) == 0;
+    Index done = 0;
+    for (; done + BLOCK <= numel; done += BLOCK) {
+        alignas(64) float total[BLOCK];
+        if (!fresh) {
+            for (Index row = 0; row < BLOCK; row += ROW) fetch<4>(sum + done, row);
+            __builtin_memcpy(total, sum + done, sizeof total);
+        }
+        add_block<Format>(total, fresh, terms, num_terms, begin + done);
+        if (streaming) {
+            put_block<true>(sum + done, total);
+        } else {
+            put_block<false>(sum + done, total);
+        }
+        if (blocks) blocks[done / BLOCK] = block_square_sum<Fp32>(reinterpret_cast<const char*>(total));
     }
-    return total;
+    if (streaming) end_streams();
+    if (done == numel) return;
+    const Index count = numel - done;  // fewer than a block, filled up with zeros
+    alignas(64) float total[BLOCK] = {};
+    if (!fresh) __builtin_memcpy(total, sum + done, count * 4);
+    for (int term = 0; term < num_terms; ++term) {
+        alignas(64) char padded[BLOCK * 4] = {};
+        __builtin_memcpy(padded, item<Format>(terms[term], begin + done), count * Format::bytes);
+        const void* values = padded;
+        add_block<Format>(total, fresh && term == 0, &values, 1, 0);
+    }
+    __builtin_memcpy(sum + done, total, count * 4);
+    if (blocks) blocks[done / BLOCK] = block_square_sum<Fp32>(reinterpret_cast<const char*>(total));
 }
 
 // --- the split ------------------------------------------------------------------------------------------------------

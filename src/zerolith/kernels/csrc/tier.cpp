@@ -21,8 +21,8 @@
 extern const Tier TIER = {
     {FORMATS_OF(AdamWRule), FORMATS_OF(AdamL2Rule), FORMATS_OF(LionRule), FORMATS_OF(AdagradRule), FORMATS_OF(SgdRule),
      FORMATS_OF(MomentumRule)},
-    {square_sum<Fp32, false>, square_sum<Bf16, false>, square_sum<Fp16, false>},
-    {square_sum<Fp32, true>, square_sum<Bf16, true>, square_sum<Fp16, true>},
+    {square_sums<Fp32>, square_sums<Bf16>, square_sums<Fp16>},
+    {add_terms<Fp32>, add_terms<Bf16>, add_terms<Fp16>},
     convert<split_some>,
     convert<join_some>,
     {copy<Fp32>, copy<Bf16>, copy<Fp16>},

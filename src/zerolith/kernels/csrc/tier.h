@@ -38,15 +38,17 @@ struct Streams {
 };
 
 using Update = void (*)(const Scalars&, const Streams&, Index numel, bool streaming);
-using Sum = double (*)(const void* values, float* sum, Index numel, double* blocks);
+using Squares = void (*)(const void* values, Index numel, double* blocks);
+using Add = void (*)(float* sum, bool fresh, const void* const* terms, int32_t num_terms, Index begin, Index numel,
+                     double* blocks, bool streaming);
 using Split = void (*)(float* master, uint16_t* weight, int16_t* remainder, Index numel);
 using Copy = void (*)(const Streams&, Index numel, bool streaming);
 
 // The functions of one instruction set. None of them starts threads.
 struct Tier {
     Update update[KINDS][FORMATS][TARGETS];
-    Sum square_sum[FORMATS];
-    Sum accumulate[FORMATS];
+    Squares square_sums[FORMATS];
+    Add add[FORMATS];
     Split split;
     Split join;
     Copy copy[FORMATS];
