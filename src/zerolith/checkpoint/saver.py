@@ -14,10 +14,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from zerolith.checkpoint.content import Content, Part
+from zerolith.checkpoint.content import Content
 from zerolith.checkpoint.disk import Disk, write_file
 from zerolith.checkpoint.folder import (
     Kept,
@@ -40,8 +37,9 @@ from zerolith.checkpoint.manifest import (
     read_manifest,
 )
 from zerolith.checkpoint.shard_file import Written, read_back, write_shard
+from zerolith.checkpoint.snapshot import Snapshot
 from zerolith.comm import Comm, agree
-from zerolith.errors import CheckpointError, DistributedError
+from zerolith.errors import CheckpointError, DistributedError, OffloadError
 from zerolith.memory.threads import helpers
 
 logger = logging.getLogger("zerolith")
@@ -76,7 +74,7 @@ class Saver:
         self.disk = disk
         self._hashers = helpers(threads, "zerolith checksum")
         self._locks: dict[Path, Lock] = {}
-        self._memory: dict[tuple[str, int], Tensor] = {}  # of snapshots, by name and start
+        self._snapshot = Snapshot()
         self._thread: threading.Thread | None = None
         self._outcome: list[Exception | None] = []  # of the thread, once it is done
 
@@ -136,7 +134,7 @@ class Saver:
             self._thread = None
         if self._hashers is not None:
             self._hashers.shutdown()
-        self._memory.clear()
+        self._snapshot.clear()
         self._locks.clear()
 
     def lock(self, folder: Path) -> None:
@@ -173,25 +171,12 @@ class Saver:
 
     def _copy(self, job: Job) -> Job:
         try:
-            parts = [self._snapshot(part) for part in job.content.parts]
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()
-        except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError where there is no memory
-            self._memory.clear()
+            parts = self._snapshot.take(job.content.parts)
+        except (MemoryError, RuntimeError, OffloadError) as error:  # torch raises RuntimeError where there is no memory
             raise CheckpointError(
                 f"no copy of the checkpoint could be made, which async_save needs on the host: {error}"
             ) from error
         return replace(job, content=replace(job.content, parts=parts))
-
-    def _snapshot(self, part: Part) -> Part:
-        key = (part.name, part.range.start)
-        memory = self._memory.get(key)
-        if memory is None or memory.shape != part.data.shape or memory.dtype != part.data.dtype:
-            is_pinned = part.data.device.type == "cuda"
-            memory = torch.empty(part.data.shape, dtype=part.data.dtype, pin_memory=is_pinned)
-            self._memory[key] = memory
-        memory.copy_(part.data, non_blocking=True)
-        return replace(part, data=memory)
 
     @contextmanager
     def _together(self, doing: str, path: Path) -> Iterator[None]:
