@@ -255,7 +255,7 @@ class Engine(Lending):
             clip = settings.gradient_clipping
             coefficient = min(1.0, clip / (norm + CLIP_EPS)) if clip and not facts.overflow else 1.0
             with self._or_mixture():
-                optimizer.step(facts.used, sharded.start_publish, grad_factor=coefficient / terms)
+                optimizer.step(facts.used, sharded.publish, grad_factor=coefficient / terms)
         sharded.reducer.reset()
         if skip and sharded.comm.rank == 0:
             message = "step %d skipped: the gradient of %s is not finite (loss scale %g)"

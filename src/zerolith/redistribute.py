@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -74,17 +74,6 @@ class Then:
     def wait(self) -> None:
         self._first.wait()
         self._finish()
-
-
-class Together:
-    """Several collectives."""
-
-    def __init__(self, parts: Sequence[Pending]) -> None:
-        self._parts = parts
-
-    def wait(self) -> None:
-        for part in self._parts:
-            part.wait()
 
 
 _Move = Callable[[FlatBuffer, FlatBuffer, Comm, str, _Sum], Pending]

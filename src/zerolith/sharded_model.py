@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zerolith.comm import Comm, Pending
+from zerolith.comm import Comm
 from zerolith.errors import OffloadError, UsageError
 from zerolith.gradients import Gradients, Reducer
 from zerolith.hooks import Gatherer
 from zerolith.layout import assign_owners
 from zerolith.member import Member
 from zerolith.parameter import ShardedParameter, Touch, refuse
-from zerolith.redistribute import Together
 from zerolith.section import Plan, Section
 from zerolith.unit import Phase, Unit, Until, refuse_ahead
 from zerolith.wrap import UnitPlan, WrapPolicy, living, plan_units, split_members
@@ -105,18 +104,15 @@ class ShardedModel:
         self.gatherer.release_all()
 
     @torch.no_grad()
-    def start_publish(self, sections: Sequence[Section]) -> Pending:
-        """Begin to bring masters to the weights, and each rank's shard of weights without masters to the others.
+    def publish(self, sections: Sequence[Section]) -> None:
+        """Bring masters to the weights, and each rank's shard of weights without masters to the others.
 
         Every gathered copy is dropped. Collective.
         """
         self.release_all()
-        begun: list[Pending] = []
-        for section in sections:
-            begun.append(section.start_publish())
-            if self.residency.is_swapped:  # no more than one at a time is here
-                begun.pop().wait()
-        return Together(begun)
+        for some in [[section] for section in sections] if self.residency.is_swapped else [sections]:
+            for pending in [section.start_publish() for section in some]:
+                pending.wait()
 
     @torch.no_grad()
     def adopt_edits(self) -> list[str]:

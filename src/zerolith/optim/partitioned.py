@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from zerolith.comm import Comm, Pending, agree
+from zerolith.comm import Comm, agree
 from zerolith.departures import Departures
 from zerolith.errors import OffloadError, UsageError
 from zerolith.gradients import Gradients
@@ -22,7 +22,6 @@ from zerolith.optim.ahead import Ahead
 from zerolith.optim.behind import Behind, alike, can_run_ahead, can_run_behind, has_hooks, options_of
 from zerolith.optim.holdings import Holdings
 from zerolith.optim.one_pass import OnePass
-from zerolith.redistribute import Together
 from zerolith.section import Section
 
 logger = logging.getLogger("zerolith")
@@ -72,11 +71,11 @@ class PartitionedOptimizer(Holdings):
     def step(
         self,
         used: Sequence[Sequence[bool]],
-        publish: Callable[[Sequence[Section]], Pending],
+        publish: Callable[[Sequence[Section]], None],
         *,
         grad_factor: float = 1.0,
     ) -> None:
-        """Step every piece whose parameters had a gradient; `publish` begins to bring sections' masters to the weights.
+        """Step every piece whose parameters had a gradient; `publish` then brings sections' masters to the weights.
 
         Gradients are multiplied by `grad_factor`. used: per section, per parameter. A parameter without a gradient on
         any rank keeps its value, its momentum and its own step count. Collective. Raises OffloadError, on every rank,
@@ -99,10 +98,8 @@ class PartitionedOptimizer(Holdings):
             self._behind.settle_all()  # what it steps is in the groups of `inner`, too
         error = self._cut_by_use(left)  # after which, if there is one, nothing is swapped on this rank
         if here or behind:
-            # Where sections can be stepped one by one, each is on its way to the other ranks while the next is stepped.
-            is_apart = isinstance(self.inner, OnePass) and not is_watched and not self.ahead.is_under_way
-            parts = [[own] for own in here] if here and is_apart else [here]
-            Together([self._step_here(part, left, publish, grad_factor) for part in parts]).wait()
+            self._step_here({own: left[own] for own in here if own in left}, grad_factor)
+            self._publish_here(here, publish)
         if swapped:
             self._step_in_turn({own: left[own] for own in swapped if own in left}, publish, grad_factor, error)
         early = [own for own in self.ahead.eligible if self.ahead.is_under_way and own.section.is_sharded]
@@ -181,7 +178,7 @@ class PartitionedOptimizer(Holdings):
     def _step_in_turn(
         self,
         used: Mapping[Gradients, Sequence[bool]],
-        publish: Callable[[Sequence[Section]], Pending],
+        publish: Callable[[Sequence[Section]], None],
         grad_factor: float,
         error: OffloadError | None,
     ) -> None:
@@ -193,14 +190,14 @@ class PartitionedOptimizer(Holdings):
                 with self.residency.resident(own):
                     self._prefetch(after)
                     self._step_together({own: flags}, self.inner, grad_factor)
-                    publish([own.section]).wait()
+                    publish([own.section])
                     is_stepped = True
             except OffloadError as caught:
                 error = caught
                 self.residency.abandon()
                 if not is_stepped:  # the other ranks wait for this one's part, whatever is in it
                     self._step_together({own: flags}, self.inner, grad_factor)
-                    publish([own.section]).wait()
+                    publish([own.section])
         try:
             agree(self.comm, error, doing="stepping from disk", kind=OffloadError)
         except OffloadError:
@@ -278,22 +275,17 @@ class PartitionedOptimizer(Holdings):
         if self.split_masters is None:  # else they are made at once, from weights that may change until they are used
             self.residency.prefetch(own)
 
-    def _step_here(
-        self,
-        here: Sequence[Gradients],
-        left: Mapping[Gradients, Sequence[bool]],
-        publish: Callable[[Sequence[Section]], Pending],
-        grad_factor: float,
-    ) -> Pending:
-        """Step what is in memory and begin to bring it to the weights, unless that was done in backward. Collective."""
-        used = {own: left[own] for own in here if own in left}
+    def _step_here(self, used: Mapping[Gradients, Sequence[bool]], grad_factor: float) -> None:
         if used or not self.ahead.begun:  # else its tensors are being stepped
             self._step_together(used, self.inner, grad_factor)
+
+    def _publish_here(self, here: Sequence[Gradients], publish: Callable[[Sequence[Section]], None]) -> None:
+        """Bring what is stepped in memory to the weights, unless that was done in backward. Collective."""
         if self.ahead.is_under_way and any(not own.section.is_sharded for own in self.ahead.eligible):
             for own in self.ahead.begun:
                 self._behind.settle(own)
             agree(self.comm, self._behind.take_error(), doing="an update in backward", kind=OffloadError)
-        return publish([own.section for own in here if not (own.section.is_sharded and own in self.ahead.begun)])
+        publish([own.section for own in here if not (own.section.is_sharded and own in self.ahead.begun)])
 
     def _resident(self, own: Gradients) -> AbstractContextManager[None]:
         self._behind.settle(own)
