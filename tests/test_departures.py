@@ -256,7 +256,10 @@ def test_host_memory_is_used_again_and_given_back(tmp_path: Path, far: list[Late
         for _ in range(3):
             train_on(engine, DATA)
         engine._catch_up()
-        assert pool.num_allocated == allocated
+        # Of a thread that updates beside the training it is a matter of time how many are in use at once.
+        shards = [own.section.layout.numel * (4 + 2) for own in engine._sharded.gradients]  # a gradient and weights
+        assert pool.num_allocated == allocated or overlap != "none"
+        assert pool.idle_bytes <= pool.most_kept * sum(shards)
         assert not pool.used_bytes
         engine.destroy()
 

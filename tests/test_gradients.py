@@ -53,7 +53,7 @@ def test_gradients_take_no_memory_before_the_first_comes() -> None:
 
 
 def reduced(own: Gradients) -> list[Tensor]:
-    own.start_reduce().wait()
+    own.start_reduce(completes=True).wait()
     own.start_finish().wait()
     return [own.sum.slot(index) for index in range(len(own.section.members))]
 
@@ -151,7 +151,7 @@ def test_terms_are_added_to_what_was_reduced_before(stage: int) -> None:
     for reducing in (True, False, True):
         own.collect(0, torch.ones(3, 4), reducing=reducing)
         if reducing:
-            own.start_reduce().wait()
+            own.start_reduce(completes=True).wait()
     assert reduced(own)[0].unique().tolist() == [3.0]
 
 

@@ -151,9 +151,9 @@ class Gradients:
         return done()
 
     def scale(self, factor: float) -> None:
+        """For a step, which knows the squares of the sum before; its updates may run beside whoever reads them."""
         if factor != 1.0:
             self.sum.data.mul_(factor)
-            self.edited()
 
     def edited(self) -> None:
         """`sum` is another one than what was reduced."""
@@ -163,6 +163,7 @@ class Gradients:
         """Multiply all that has come since the last step, reduced or not."""
         if factor != 1.0 and not self.fresh:
             self.scale(factor)
+            self.edited()
         if factor != 1.0 and self.term is not None:
             self.term.buffer.data.mul_(factor)
 

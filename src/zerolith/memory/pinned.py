@@ -52,7 +52,7 @@ def host_bytes(nbytes: int, *, pinned: bool) -> Tensor:
     try:
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
     except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError where there is no memory
-        raise OffloadError(f"the host has no room for {nbytes} bytes that are to be offloaded: {error}") from error
+        raise OffloadError(f"the host has no room for {nbytes} bytes: {error}") from error
 
 
 def _page_locked(nbytes: int) -> Tensor:
@@ -62,7 +62,7 @@ def _page_locked(nbytes: int) -> Tensor:
     try:
         address = map_pages(room)
     except OSError as error:
-        raise OffloadError(f"the host has no room for {nbytes} bytes that are to be offloaded: {error}") from error
+        raise OffloadError(f"the host has no room for {nbytes} bytes: {error}") from error
     # Not Python's mmap, whose finalizers run when it is unmapped already.
     memory = (ctypes.c_uint8 * nbytes).from_address(address)
     release = weakref.finalize(memory, _release, address, room, runtime, device, os.getpid())
@@ -74,7 +74,7 @@ def _page_locked(nbytes: int) -> Tensor:
         release()
         _take_error(device)
         raise OffloadError(
-            f"the host has no room for {nbytes} bytes that are to be offloaded: CUDA says {said!r} to "
+            f"the host has no room for {nbytes} bytes: CUDA says {said!r} to "
             f"page-locking them; this process has page-locked {locked_bytes()} bytes already. Offload less, use more "
             "hosts, or give the host or its container more memory"
         )
