@@ -58,7 +58,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "zl_square_sums": (None, (c_int32, c_int32, c_void_p, c_int32, c_int64, c_void_p)),
     "zl_add": (
         None,
-        (*(c_int32, c_int32, c_void_p, c_int32, POINTER(c_void_p), c_int32, c_int32, c_int64, c_void_p, c_int32),),
+        (c_int32, c_int32, c_void_p, c_int32, POINTER(c_void_p), c_int32, c_int32, c_int64, c_void_p, c_int32),
     ),
     "zl_split": (None, (c_int32, c_int32, c_void_p, c_void_p, c_void_p, c_int64)),
     "zl_join": (None, (c_int32, c_int32, c_void_p, c_void_p, c_void_p, c_int64)),
