@@ -31,7 +31,7 @@ from zerolith.memory.offload import Offload
 from zerolith.observe import Logs, Watch, make_monitors
 from zerolith.optim import build_optimizer, build_scheduler, granularities_of
 from zerolith.parameter import ShardedParameter
-from zerolith.partitioning import REPLICATE, Partitioning
+from zerolith.partitioning import SHARD, Partitioning
 from zerolith.placement import Placement, check_room, make_placement
 from zerolith.precision import LossScaler, Precision
 from zerolith.section import Plan, weights_in
@@ -285,8 +285,8 @@ def _assemble(inputs: _Inputs) -> Engine:
     precision = _precision(config)
     comm = default_comm(reproducible=config.reproducible)
     partitioning = zero.partitioning(reproducible=config.reproducible)
-    if comm.device.type == "cpu" and (partitioning.params is REPLICATE or zero.rests_sharded):
-        keep_freed_pages()  # who shards parameters wants memory more than time
+    if comm.device.type == "cpu":  # who shards parameters wants memory more than time
+        keep_freed_pages(only_small=partitioning.params is SHARD and not zero.rests_sharded)
     activations = config.activation_checkpointing
     checkpointed: list[Forward] = []
     if activations.policy != "none":

@@ -10,13 +10,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from zerolith.checkpoint.content import Content, Part
-from zerolith.checkpoint.deepspeed import DeepSpeedCheckpoint, ForeignParameter, read_deepspeed
 from zerolith.checkpoint.disk import Disk
 from zerolith.checkpoint.folder import check_tag
 from zerolith.checkpoint.manifest import NAMES, ParameterRecord
@@ -28,6 +27,9 @@ from zerolith.checkpoint.versions import libraries
 from zerolith.comm import Comm
 from zerolith.errors import CheckpointError
 from zerolith.layout import Range
+
+if TYPE_CHECKING:
+    from zerolith.checkpoint.deepspeed import DeepSpeedCheckpoint, ForeignParameter
 
 logger = logging.getLogger("zerolith")
 
@@ -50,6 +52,8 @@ def import_deepspeed(
     the optimizer's param groups, for files of stage 0, which do not always tell. Raises CheckpointError, also if the
     tag is there already, and CheckpointLockedError if a job writes to `target`.
     """
+    from zerolith.checkpoint.deepspeed import read_deepspeed  # twenty modules that a training run does not need
+
     checkpoint = read_deepspeed(source, tag, group_names=group_names)
     checkpoint.verify()
     return write_imported(checkpoint, Path(target).absolute(), new_tag or checkpoint.home.resolve().name, tell=tell)

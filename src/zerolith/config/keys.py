@@ -9,6 +9,7 @@ name may be dotted. A key's value is its default, whose type is its type (5 take
     {"switch": true}             an object whose inside is not ours: it asks for something unless empty or disabled
 """
 
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
@@ -52,7 +53,7 @@ class Key(NamedTuple):
     fate: Fate
     why: str  # the meaning of an implemented key, the reason of any other
     default: object
-    schema: Mapping[str, Any]  # JSON Schema of its value (any JSON)
+    rules: Mapping[str, Any] | type[BaseModel]  # JSON Schema of its value (any JSON), or the model that has the field
     is_switch: bool = False
     required: bool = False
 
@@ -67,10 +68,25 @@ class Key(NamedTuple):
         return not self.kinds or any(_is_kind(value, kind) for kind in self.kinds)
 
     @property
+    def schema(self) -> Mapping[str, Any]:
+        """JSON Schema of its value (any JSON)."""
+        if isinstance(self.rules, Mapping):
+            return self.rules
+        return _field_schemas(self.rules)[self.path.rpartition(".")[2]]
+
+    @property
     def kinds(self) -> list[str]:
         """The JSON types of its value; none means any."""
         kinds = self.schema.get("type", [])
         return [kinds] if isinstance(kinds, str) else kinds
+
+
+@functools.cache
+def _field_schemas(model: type[BaseModel]) -> dict[str, dict[str, Any]]:  # slow for all models, and seldom asked for
+    fields = model.model_json_schema()["properties"]
+    return {
+        name: {rule: value for rule, value in field.items() if rule not in _NOT_RULES} for name, field in fields.items()
+    }
 
 
 def _same(value: object, accepted: object) -> bool:
@@ -117,13 +133,11 @@ def _declared(path: str, fate: Fate, why: str, spec: Any) -> Key:  # any JSON
 def _known_keys() -> dict[str, Key]:
     keys: dict[str, Key] = {}
     for section, model in _MODELS.items():
-        properties = model.model_json_schema()["properties"]
         for name, field in model.model_fields.items():
             path, required = join(section, name), field.is_required()
             if path not in _MODELS:
-                schema = {rule: value for rule, value in properties[name].items() if rule not in _NOT_RULES}
                 default = None if required else field.get_default()
-                keys[path] = Key(path, Fate.IMPLEMENTED, field.description or "", default, schema, required=required)
+                keys[path] = Key(path, Fate.IMPLEMENTED, field.description or "", default, model, required=required)
     for group in json.loads(Path(__file__).with_name("deepspeed.json").read_text(encoding="utf-8")):
         for name, spec in group["keys"].items():
             path = join(group["section"], name)

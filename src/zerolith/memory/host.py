@@ -10,17 +10,21 @@ from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGEST = 2**31 - 1
+LARGE = 32 * 2**20  # bytes: the most that every glibc takes as threshold
 # The last is torch's: aligned to huge pages, no freed block has room for the next of its size, and memory would grow.
 USER_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE")
 
 
-def keep_freed_pages() -> bool:
+def keep_freed_pages(*, only_small: bool) -> bool:
     """Let this process keep the pages of freed tensors for the next ones; returns whether it could.
 
     glibc gives large blocks back to the kernel at every free, and the next tensor of that size pays for fresh pages:
     first touch of 28 MB cost 50 ms against 6 ms for a copy into pages at hand (2 cores, Linux 6.18), at every gather
-    and every activation. A training step frees and allocates the same sizes again and again, so its peak does not
-    rise. Settings that the user made by environment variables stand. Elsewhere than on glibc it does nothing.
+    and every activation. A training step frees and allocates the same sizes again and again, so its peak rises little
+    where most of what it needs stays. Where whole units come and go in turn it rises by half, as their places lie
+    between each other's; with `only_small` blocks of LARGE bytes and more come from the kernel and go back to it, and
+    it rises by a twentieth. Settings that the user made by environment variables stand. Elsewhere than on glibc it
+    does nothing.
     """
     if any(name in os.environ for name in USER_SETTINGS):
         return False
@@ -28,7 +32,9 @@ def keep_freed_pages() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return False
-    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST)) and bool(mallopt(M_TRIM_THRESHOLD, LARGEST))
+    return bool(mallopt(M_MMAP_THRESHOLD, LARGE if only_small else LARGEST)) and bool(
+        mallopt(M_TRIM_THRESHOLD, LARGEST)
+    )
 
 
 def resident_bytes() -> int:
