@@ -523,9 +523,6 @@ def test_the_end_of_an_engine_between_backward_and_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"gradient_clipping": 1.0}, "set gradient_clipping to 0"),
-        ({"fp16": {"enabled": True}}, "the loss scale of float16"),
-        ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "the loss scale of float16"),
         ({"managed_gradient_accumulation": False}, "which backward is a step's last"),
         ({"integrity_interval": 5}, "what integrity_interval compares"),
         ({"stage": 0}, "choose stage 1, 2 or 3"),

@@ -82,22 +82,22 @@ def both(far: list[LateForAll], world: int, body: Any, *, copies: bool = True) -
 
 
 CASES_OF_TRAINING = [
-    (stage, device, overlap, precision)
+    (stage, device, overlap, precision, clip)
     for stage in (1, 2, 3)
-    for device, overlap, precision in [
-        ("cpu", "none", "bf16"), ("cpu", "forward", "bf16"), ("cpu", "backward", "bf16"), ("cpu", "forward", "fp16"),
-        ("nvme", "none", "fp16"), ("nvme", "forward", "bf16"), ("nvme", "backward", "bf16"),
+    for device, overlap, precision, clip in [
+        ("cpu", "none", "bf16", 0.5), ("cpu", "forward", "bf16", 0.5), ("cpu", "backward", "bf16", 0.0),
+        ("cpu", "backward", "bf16", 0.75), ("cpu", "backward", "fp16", 0.75), ("cpu", "forward", "fp16", 0.5),
+        ("nvme", "none", "fp16", 0.5), ("nvme", "forward", "bf16", 0.5), ("nvme", "backward", "bf16", 0.0),
     ]
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("stage", "device", "overlap", "precision"), CASES_OF_TRAINING)
+@pytest.mark.parametrize(("stage", "device", "overlap", "precision", "clip"), CASES_OF_TRAINING)
 def test_the_way_to_the_host_changes_no_bit(
-    stage: int, device: str, overlap: str, precision: str, tmp_path: Path, far: list[LateForAll]
+    stage: int, device: str, overlap: str, precision: str, clip: float, tmp_path: Path, far: list[LateForAll]
 ) -> None:
     def body() -> Any:
-        clip = {} if overlap == "backward" else {"gradient_clipping": 0.5}
-        more = {**(BF16 if precision == "bf16" else FP16), **clip}
+        more = {**(BF16 if precision == "bf16" else FP16), "gradient_clipping": clip}
         engine = start(overlap, tmp_path, device=device, stage=stage, **more)
         losses = train_on(engine, DATA)
         norm = engine.get_global_grad_norm()
@@ -195,7 +195,7 @@ def test_what_a_step_has_left_is_not_published_over_a_checkpoint(
     engine.load_checkpoint(tmp_path / "saved")
     assert_same((whole_weights(engine), whole_masters(engine)), saved)
     if way == "far":
-        assert not engine._partitioned._departures._pool.used_bytes
+        assert not engine._partitioned._far.departures._pool.used_bytes
     engine.destroy()
 
 
@@ -251,7 +251,7 @@ def test_host_memory_is_used_again_and_given_back(tmp_path: Path, far: list[Late
     for overlap in ("none", "forward", "backward"):
         engine = start(overlap, tmp_path, **BF16)
         train_on(engine, DATA[:2])
-        pool = engine._partitioned._departures._pool
+        pool = engine._partitioned._far.departures._pool
         allocated = pool.num_allocated
         for _ in range(3):
             train_on(engine, DATA)

@@ -18,7 +18,7 @@ from benchmarks.gpu.llama import Llama
 from benchmarks.gpu.shapes import Shape
 
 CONTENDERS = (
-    "zerolith", "zerolith-states", "zerolith-backward", "zerolith-all", "fsdp2", "fsdp2-offload",
+    "zerolith", "zerolith-states", "zerolith-backward", "zerolith-guess", "zerolith-all", "fsdp2", "fsdp2-offload",
 )  # fmt: skip
 LR = 1e-5
 
@@ -54,6 +54,7 @@ def zerolith_step(run: Run) -> Step:
         "zerolith": {},
         "zerolith-states": {"offload_optimizer": host},
         "zerolith-backward": {"offload_optimizer": {**host, "overlap": "backward"}},
+        "zerolith-guess": {"offload_optimizer": {**host, "overlap": "backward"}},  # the same, with clipping
         "zerolith-all": {"offload_optimizer": host, "offload_param": host},
     }
     config = {

@@ -83,6 +83,7 @@ class Engine(Lending):
                 swap=swap,
                 overlaps=overlap != "none",
                 terms=self._terms if overlap == "backward" else None,
+                guesses=overlap == "backward" and config.may_change_steps,
                 checks=config.skips_steps,
                 splits=config.bf16.split_master,
                 copier=sharded.plan.copier,
@@ -239,8 +240,7 @@ class Engine(Lending):
         if edited:
             logger.info("weights were edited in place and are kept: %s", ", ".join(edited))
         sharded.reducer.finish()
-        interval = settings.fingerprint_interval
-        is_checked = interval > 0 and self.global_steps % interval == 0
+        is_checked = (interval := settings.fingerprint_interval) > 0 and self.global_steps % interval == 0
         facts = examine(sharded.gradients, sharded.comm, late=sharded.reducer.late(), fingerprint=is_checked)
         if any(facts.late):
             optimizer.ahead.check_late(facts.late, sharded.gradients)
@@ -250,7 +250,7 @@ class Engine(Lending):
         norm = facts.norm / terms
         skip = facts.overflow and settings.skips_steps
         if skip:
-            optimizer.ahead.check_skip(facts.culprit)
+            optimizer.skip(facts.culprit)
         else:
             clip = settings.gradient_clipping
             coefficient = min(1.0, clip / (norm + CLIP_EPS)) if clip and not facts.overflow else 1.0

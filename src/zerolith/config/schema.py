@@ -241,18 +241,10 @@ class Config(Section):
     @model_validator(mode="after")
     def _updates_in_backward(self) -> "Config":
         zero, name = self.zero_optimization, 'zero_optimization.offload_optimizer.overlap: "backward" '
-        is_fp16 = self.fp16.enabled or (self.torch_autocast.enabled and self.torch_autocast.dtype == "float16")
         if zero.offload_optimizer.overlap != "backward":
             return self
         if Partitioning.from_stage(zero.stage).optim is not SHARD:
             raise ValueError(f"{name}updates shards; choose stage 1, 2 or 3")
-        if self.gradient_clipping:
-            raise ValueError(
-                f"{name}updates before the norm of all gradients is known, so they cannot be clipped; set "
-                'gradient_clipping to 0, or choose "forward"'
-            )
-        if is_fp16:
-            raise ValueError(f'{name}cannot skip a step, as the loss scale of float16 must; use bf16, or "forward"')
         if not self.managed_gradient_accumulation:
             raise ValueError(
                 f"{name}must know which backward is a step's last; leave managed_gradient_accumulation true"
@@ -270,6 +262,12 @@ class Config(Section):
     def model_post_init(self, context: Any) -> None:  # Any: pydantic's signature
         if context:
             self._raw, self._notes = context
+
+    @property
+    def may_change_steps(self) -> bool:
+        """Whether the norm of all gradients, or a loss scale, decides what becomes of a step."""
+        is_fp16 = self.fp16.enabled or (self.torch_autocast.enabled and self.torch_autocast.dtype == "float16")
+        return self.gradient_clipping > 0 or is_fp16
 
     @property
     def skips_steps(self) -> bool:

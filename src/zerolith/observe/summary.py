@@ -39,7 +39,7 @@ def summarize(sharded: ShardedModel, optimizer: PartitionedOptimizer | None, *, 
     plan, comm = sharded.plan, sharded.comm
     numel = sum(member.param.numel() for section in sharded.sections for member in section.members)
     kind = type(optimizer.inner).__name__ if optimizer is not None else "no optimizer"
-    passing = {own.section for own in optimizer.ahead.eligible} if optimizer is not None and steps == 1 else set()
+    passing = {own.section for own in sharded.gradients if optimizer and steps == 1 and optimizer.ahead.frees(own)}
     return Summary(
         headline=f"zerolith: {numel:,} parameters in {len(sharded.units)} units on {comm.size} ranks "
         f"({comm.backend}, {comm.device.type}), {plan.partitioning}, {kind}{_offloaded(sharded, optimizer)}",

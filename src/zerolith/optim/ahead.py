@@ -1,11 +1,13 @@
 """Updates that begin in backward: a section's, as soon as its gradient is complete, whose memory then goes.
 
-[Note: ahead] They are made before anything is known of the gradients that are still to come. So gradients cannot be
-clipped by their norm, and a gradient that is not finite cannot undo what was updated before it came: the step is an
-error then, on every rank. From the last micro-batch's backward to the step, the engine does nothing else: weights,
-masters and states may be of either step. The step finds every number that it needs of a gradient in `squares`.
-Each rank decides alone which of its sections are ready (a module may have been left out there): what needs all ranks,
-publishing whole weights, is left to the step, which does the rest of the updates, too.
+[Note: ahead] They are made before anything is known of the gradients that are still to come. With before images
+(before_images.py) they are a guess, made where the last step clipped nothing. If gradients are clipped, or one of them
+is not finite, the step takes them back on each rank, and updates as if none had begun. Without, gradients cannot be
+clipped by their norm, and one that is not finite cannot undo what was updated before it came: the step is an error
+then, on every rank. From the last micro-batch's backward to the step, the engine does nothing else: weights, masters
+and states may be of either step. The step finds every number that it needs of a gradient in `squares`. Each rank
+decides alone which of its sections are ready (a module may have been left out there): what needs all ranks, publishing
+whole weights, is left to the step, which does the rest of the updates, too.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import Tensor
 from zerolith.comm import Comm, agree
 from zerolith.errors import UsageError
 from zerolith.gradients import Gradients
+from zerolith.optim.before_images import BeforeImage, BeforeImages
 
 Options = list[dict[str, Any]]  # of each param group
 
@@ -41,16 +44,21 @@ class Ahead:
         eligible: Sequence[Gradients],
         comm: Comm,
         *,
-        begin: Callable[[Gradients, Options, float], None],  # an update, given options and factor of the gradient
+        # An update, given options, factor of the gradient and what is to be filled before.
+        begin: Callable[[Gradients, Options, float, BeforeImage | None], None],
+        undo: Callable[[Gradients, BeforeImage], None],
         options: Callable[[], Options],  # as they are now
         terms: Callable[[], float],  # by which a gradient sum is divided
         may_begin: Callable[[], bool],
         checks: bool,  # whether a step is skipped if a gradient is not finite
+        images: BeforeImages | None,  # given, updates can be taken back
     ) -> None:
         self.eligible = dict.fromkeys(eligible)
-        self.begun: dict[Gradients, None] = {}  # by this rank
+        self.begun: dict[Gradients, BeforeImage | None] = {}  # by this rank
         self._comm = comm
-        self._begin, self._options_now, self._terms, self._may_begin = begin, options, terms, may_begin
+        self._begin, self._undo, self._images = begin, undo, images
+        self._options_now, self._terms, self._may_begin = options, terms, may_begin
+        self._guesses_well = images is None  # whether the last step's factor of the gradients was what updates expect
         self._checks = checks
         self._waiting: list[Gradients] = []  # whose weights are whole still: the root's, until backward ends
         self._options: Options = []  # when the backward began
@@ -61,11 +69,20 @@ class Ahead:
         """From a backward that completes a step's gradients, and begins its updates, to the step's end."""
         return self._phase is not _Phase.IDLE
 
+    @property
+    def is_final(self) -> bool:
+        """Whether an update that was begun stays."""
+        return self._images is None
+
+    def frees(self, own: Gradients) -> bool:
+        """Whether the memory of a section's gradient goes in backward."""
+        return own in self.eligible and self.is_final
+
     def backward_begins(self, *, is_last: bool) -> None:
         """Get ready if it completes the gradients of a step. Raises UsageError if a step is due."""
         if self.is_under_way:
             _refuse()
-        if is_last and self.eligible and self._may_begin():
+        if is_last and self.eligible and self._guesses_well and self._may_begin():
             self._phase = _Phase.BEGINNING
             self._options = self._options_now()
 
@@ -92,9 +109,12 @@ class Ahead:
             return
         if own.section.edited():
             own.section.adopt_edits()
+        image = self._images.make(own) if self._images is not None else None
+        if image is None and self._images is not None:
+            return
         own.section.is_ahead = True
-        self.begun[own] = None
-        self._begin(own, self._options, 1.0 / self._terms())
+        self.begun[own] = image
+        self._begin(own, self._options, 1.0 / self._terms(), image)
 
     def refuse(self) -> None:
         """Raise UsageError between such a backward and its step."""
@@ -120,12 +140,32 @@ class Ahead:
                 f"weights of {edited[0].section.name} were edited between the backward that has begun this step's "
                 "updates and step(): edit them before that backward, or after step()"
             )
-        agree(self._comm, error, doing="a step that backward has begun", kind=UsageError)
+        if self._images is None:
+            agree(self._comm, error, doing="a step that backward has begun", kind=UsageError)
+        elif error is not None:
+            self.take_back()
+
+    def take_back(self) -> None:
+        """Let all that this rank has updated be as it was before. Needs before images; does not communicate."""
+        begun, self.begun = self.begun, {}
+        for own, image in begun.items():
+            assert image is not None, "else nothing can be taken back"
+            self._undo(own, image)
+            own.section.is_ahead = False
+
+    def use_factor(self, factor: float) -> None:
+        """The step multiplies gradients by this: what was updated with another factor is taken back."""
+        if self._images is not None:
+            self._guesses_well = factor == 1.0 / self._terms()
+            if not self._guesses_well:
+                self.take_back()
 
     def check_late(self, late: Sequence[bool], gradients: Sequence[Gradients]) -> None:
-        """Raise UsageError, the same on all ranks, if gradients came after an update may have used the others."""
+        """Gradients came after an update may have used the others: take it back, or raise UsageError on all ranks."""
         for own, is_late in zip(gradients, late, strict=True):
-            if is_late and self.is_under_way and own in self.eligible:
+            if is_late and self._images is not None:
+                self.take_back()
+            elif is_late and self.is_under_way and own in self.eligible:
                 raise UsageError(
                     f"a gradient of {own.section.name} came when it had been updated: a parameter is used outside of "
                     "its module, or in two parts of a reentrant checkpoint. Set zero_optimization.offload_optimizer."
@@ -133,11 +173,13 @@ class Ahead:
                 )
 
     def check_skip(self, culprit: str) -> None:
-        """A step is about to be skipped: raise UsageError on all ranks if one has updated something. Collective then.
+        """A step is about to be skipped: take back what was updated, or raise UsageError on all ranks if one has.
 
-        It is over otherwise.
+        It is over otherwise. Collective, unless updates can be taken back.
         """
-        if self.has_begun_anywhere():
+        if self._images is not None:
+            self.take_back()
+        elif self.has_begun_anywhere():
             raise UsageError(
                 f"the gradient of {culprit} is not finite, and others have been used already, in backward; go on from "
                 'a checkpoint, with zero_optimization.offload_optimizer.overlap "forward" to have such steps skipped'
@@ -150,12 +192,14 @@ class Ahead:
         return bool(self.eligible) and self._comm.max([flag], name="updates in backward")[0] > 0
 
     def end(self) -> bool:
-        """The step is over, or given up; returns whether this rank had begun any update of it."""
+        """The step is over, or given up; returns whether this rank had begun any update of it, which stays."""
         begun, self.begun = self.begun, {}
         self._phase = _Phase.IDLE
         self._waiting.clear()
-        for own in begun:
+        for own, image in begun.items():
             own.section.is_ahead = False
+            if image is not None:
+                image.drop()
         return bool(begun)
 
 

@@ -46,10 +46,11 @@ class Behind:
         self._tasks: dict[Gradients, Future[None]] = {}
         self._ident = 0  # of the thread, while it updates
 
-    def start(self, updates: Mapping[Gradients, Callable[[], None]]) -> None:
+    def start(self, updates: Mapping[Gradients, Callable[[], None]], *, keeps: bool = False) -> None:
         """Begin to make the calls, each of which updates the masters and weights of one section, in order.
 
-        The memory of its gradient goes then. After one that has failed none is made, until all are settled.
+        The memory of its gradient goes then, unless it `keeps`. After one that has failed none is made, until all are
+        settled.
         """
         self._thread = self._thread or helpers(1, "zerolith optimizer")
         self._failed = self._failed if self._tasks else None
@@ -60,7 +61,7 @@ class Behind:
         for own, update in updates.items():
             own.is_held = True
             own.section.settle = partial(self.settle, own)
-            self._tasks[own] = start_task(self._thread, partial(self._run, own, update, ready))
+            self._tasks[own] = start_task(self._thread, partial(self._run, own, update, ready, keeps))
 
     def wait_for_room(self, most: int) -> None:
         """Wait until fewer than `most` updates are under way: their gradients are kept until then."""
@@ -112,7 +113,7 @@ class Behind:
             logger.error("the last step failed, and weights are not those that it should have made: %s", self._error)
 
     @torch.no_grad()
-    def _run(self, own: Gradients, update: Callable[[], None], ready: torch.cuda.Event | None) -> None:
+    def _run(self, own: Gradients, update: Callable[[], None], ready: torch.cuda.Event | None, keeps: bool) -> None:
         if self._failed is not None:
             raise OffloadError("an earlier update failed") from self._failed
         self._ident = threading.get_ident()
@@ -123,7 +124,8 @@ class Behind:
                     self._stream.wait_event(ready)
                     beside.callback(self._stream.synchronize)
                 update()
-            own.free()
+            if not keeps:
+                own.free()
         except Exception as error:
             self._failed = error
             raise

@@ -86,7 +86,7 @@ class Filling:
             kept += masters // 2 if optimizer.split_masters is not None and could_split(section) else masters
         if not (isinstance(optimizer.inner, OnePass) and own.rest_dtype is torch.float32):
             kept += masters  # intermediate results of torch's own code, or a copy of the gradient
-        if own not in optimizer.ahead.eligible or (are_weights(section) and not section.is_sharded):
+        if not optimizer.ahead.frees(own) or (are_weights(section) and not section.is_sharded):
             kept += section.layout.shard_numel * own.rest_dtype.itemsize  # its gradient waits for step() there then
         return kept
 

@@ -37,7 +37,7 @@ class OnePass(Optimizer, ABC):
         pairs = [(group, param) for group in self.param_groups for param in group["params"] if param.grad is not None]
         done, left = [], []
         for group, param in pairs:
-            if param.dtype is torch.float32 and not any(group.get(option) for option in NOT_KNOWN):
+            if self.knows(param, group):
                 extra = {"grad_factor": self.grad_factor, "out": self.outs.get(param)}
                 self._update(param, param.grad.contiguous(), group, extra)
                 done.append((param, param.grad))
@@ -46,6 +46,10 @@ class OnePass(Optimizer, ABC):
         if left:
             self._step_left(left, done)
         return loss
+
+    def knows(self, param: Tensor, group: Group) -> bool:
+        """Whether the kernels step this one, and leave its gradient as it is."""
+        return param.dtype is torch.float32 and not any(group.get(option) for option in NOT_KNOWN)
 
     @abstractmethod
     def _update(self, param: Tensor, grad: Tensor, group: Group, extra: dict[str, Any]) -> None:

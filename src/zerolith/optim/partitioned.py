@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from zerolith.comm import Comm, agree
-from zerolith.departures import Departures
 from zerolith.errors import OffloadError, UsageError
 from zerolith.gradients import Gradients
 from zerolith.memory import SwapFile
 from zerolith.memory.lane import Copier
 from zerolith.optim.ahead import Ahead
+from zerolith.optim.before_images import BeforeImage, BeforeImages
 from zerolith.optim.behind import Behind, alike, can_run_ahead, can_run_behind, has_hooks, options_of
+from zerolith.optim.far import FarMasters
 from zerolith.optim.holdings import Holdings
 from zerolith.optim.one_pass import OnePass
 from zerolith.section import Section
@@ -41,12 +42,13 @@ class PartitionedOptimizer(Holdings):
         swap: SwapFile | None = None,
         overlaps: bool = False,  # let updates of what is offloaded run behind the next forward, where they may
         terms: Callable[[], float] | None = None,  # given, they begin in backward, and sums are divided by this
+        guesses: bool = False,  # whether the step may turn out to be another one, and they must be taken back
         checks: bool = True,  # whether a step is skipped whose gradients are not finite
         splits: bool = False,  # keep masters as what their weights lack, where that can be
         copier: Copier | None = None,  # between the device and offloaded masters; None where these are beside it
     ) -> None:
         super().__init__(inner, gradients, comm, swap=swap, splits=splits)
-        self._departures = Departures(copier) if copier is not None else None
+        self._far = FarMasters(copier)
         self._is_last = False  # whether the backward under way completes a step's gradients
         self.is_stepping = False
         self._own_hook = inner.register_step_pre_hook(self._refuse_outside)
@@ -58,15 +60,23 @@ class PartitionedOptimizer(Holdings):
             own.section.resident = partial(self._resident, own)
             with self.residency.resident(own):
                 pass  # from here on it is on disk
+        self._images = BeforeImages(self) if guesses else None
         self.ahead = Ahead(
-            [own for own in gradients if terms and can_run_ahead(inner, own, is_swapped=self.residency.swaps(own))],
+            [own for own in gradients if terms and self._can_run_ahead(own)],
             comm,
             begin=self._begin_ahead,
+            undo=self._undo,
+            images=self._images,
             options=lambda: options_of(inner),
             terms=terms or (lambda: 1.0),
             may_begin=lambda: not has_hooks(inner, but=self._own_hook),
             checks=checks,
         )
+        if self._images is not None and not self.ahead.eligible and comm.rank == 0:
+            logger.warning(
+                "updates do not begin in backward: with clipping or a loss scale they do where zerolith's kernels step "
+                "an optimizer that the config names, in host memory"
+            )
 
     def step(
         self,
@@ -83,11 +93,11 @@ class PartitionedOptimizer(Holdings):
         updates run behind, it is `catch_up` that raises it.
         """
         self._check_groups()
-        if self._departures is not None:
-            for own in self.gradients:  # what has not left in backward does here, not in the thread that updates
-                if own not in self.ahead.begun:
-                    self._send(own)
-            self._departures.settle()
+        self.ahead.use_factor(grad_factor)
+        for own in self.gradients:  # what has not left in backward does here, not in the thread that updates
+            if own not in self.ahead.begun:
+                self._far.send(own)
+        self._far.settle()
         flags_of = dict(zip(self.gradients, used, strict=True))
         is_watched = has_hooks(self.inner, but=self._own_hook)  # who looks on wants to see gradients and the result
         behind = dict.fromkeys(own for own in self.gradients if own.runs_behind and not is_watched)
@@ -108,6 +118,14 @@ class PartitionedOptimizer(Holdings):
         if behind:
             self._step_behind({own: left[own] for own in behind if own in left}, grad_factor, error)
         self.ahead.end()
+
+    def skip(self, culprit: str) -> None:
+        """Do not make the step under way, for a gradient of `culprit` is not finite.
+
+        Raises UsageError on every rank if some of it is made and cannot be taken back. Collective then.
+        """
+        self.ahead.check_skip(culprit)
+        self._is_behind = self._is_behind or not self.ahead.is_final  # what could not be taken back is told
 
     def catch_up(self) -> None:
         """Wait for updates that run behind. Collective, if a step has begun any since the last time.
@@ -138,15 +156,18 @@ class PartitionedOptimizer(Holdings):
     def summed(self, own: Gradients) -> None:
         """A section's gradient is reduced: begin its update, or its way to the host, if nothing more is to come."""
         self.ahead.summed(own)
-        if self._departures_of(own) is not None and self._is_last and own not in self.ahead.begun:
-            self._send(own)
+        if self._is_last and own not in self.ahead.begun:
+            self._far.send(own)
 
     def give_up(self) -> bool:
-        """Wait for all updates, and forget a step that began some in backward; returns whether a rank had one.
+        """Wait for all updates, and forget a step that began some in backward; returns whether a rank keeps one.
 
-        Collective, if updates may begin there.
+        Collective, if updates may begin there that cannot be taken back.
         """
         self._behind.settle_all()
+        if not self.ahead.is_final:
+            self.skip("")
+            return False
         has_begun = self.ahead.has_begun_anywhere()
         if self.ahead.end():
             self._behind.take_error()
@@ -219,13 +240,32 @@ class PartitionedOptimizer(Holdings):
             }
         )
 
-    def _begin_ahead(self, own: Gradients, options: list[dict[str, Any]], grad_factor: float) -> None:
+    def _can_run_ahead(self, own: Gradients) -> bool:
+        fits = self._images is None or self._images.can_have(own)
+        return fits and can_run_ahead(self.inner, own, is_swapped=self.residency.swaps(own))
+
+    def _begin_ahead(
+        self, own: Gradients, options: list[dict[str, Any]], grad_factor: float, image: BeforeImage | None
+    ) -> None:
         following = self.gradients[self.gradients.index(own) + 1 :]  # in backward, most of the time
         after = next((each for each in following if each not in self.ahead.begun), None)
         flags = [True] * len(own.used)
-        self._send(own)
-        self._behind.wait_for_room(MOST_AHEAD)
-        self._behind.start({own: partial(self._update_one, own, flags, after, options, grad_factor)})
+        self._far.send(own)
+        if image is None:
+            self._behind.wait_for_room(MOST_AHEAD)
+        update = partial(self._update_one, own, flags, after, options, grad_factor, image)
+        self._behind.start({own: update}, keeps=image is not None)
+
+    def _undo(self, own: Gradients, image: BeforeImage) -> None:
+        self._behind.settle(own)
+        image.restore(self.inner.state)
+        own.section.drop_result()
+        if own.section.is_sharded:
+            try:
+                own.section.start_publish().wait()
+                own.section.plan.residency.settle()
+            except OffloadError as error:
+                self._behind.report(error)  # `catch_up` tells all ranks
 
     def _update_one(
         self,
@@ -234,8 +274,12 @@ class PartitionedOptimizer(Holdings):
         after: Gradients | None,
         options: Sequence[Mapping[str, Any]],
         grad_factor: float,
+        image: BeforeImage | None = None,
     ) -> None:
-        """Step one section and, where that needs no other rank, publish it; `after` is the next. In the thread."""
+        """Step one section and, where that needs no other rank, publish it; `after` is the next. In the thread.
+
+        `image` is filled before.
+        """
         params: list[list[Tensor]] = [[] for _ in options]
         for piece in self.pieces[own]:
             params[piece.group].append(piece.param)
@@ -243,6 +287,8 @@ class PartitionedOptimizer(Holdings):
             with self.residency.resident(own):
                 if after is not None:
                     self._prefetch(after)
+                if image is not None:
+                    image.fill()
                 self._step_together({own: flags}, alike(self.inner, options, params), grad_factor)
                 if own.section.is_sharded:
                     own.section.start_publish().wait()
@@ -250,26 +296,6 @@ class PartitionedOptimizer(Holdings):
         except OffloadError:
             self.residency.abandon()
             raise
-
-    def _departures_of(self, own: Gradients) -> Departures | None:
-        """Who takes a section's gradient to its masters, if they are far and it is stepped by element."""
-        main = own.section.main
-        is_far = main is not None and own.section.is_offloaded and not main.shares_memory_with(own.section.weights)
-        return self._departures if is_far else None
-
-    def _send(self, own: Gradients) -> None:
-        """Let a section's gradient leave for its masters if they are far, unless it has; without memory it stays."""
-        departures = self._departures_of(own)
-        if departures is not None and own.left is None:
-            with _slower():
-                own.leave(departures)
-
-    def _land(self, own: Gradients) -> None:
-        """Make room on the host for what a step makes of weights that are far; without memory they take another way."""
-        departures = self._departures_of(own)
-        if departures is not None and own.section.landing is None:
-            with _slower():
-                own.section.landing = departures.land(own.section.weights)
 
     def _prefetch(self, own: Gradients) -> None:
         if self.split_masters is None:  # else they are made at once, from weights that may change until they are used
@@ -295,7 +321,7 @@ class PartitionedOptimizer(Holdings):
         """Step the pieces of some sections with `inner`, which has the options."""
         is_one_pass = isinstance(inner, OnePass)
         for own, flags in used.items():
-            self._land(own)
+            self._far.land(own)
             if not is_one_pass:
                 own.scale(grad_factor)
             self._set_grads(own, flags)
@@ -342,16 +368,9 @@ class PartitionedOptimizer(Holdings):
     def let_go(self) -> None:
         """Give the optimizer back as it came: over the client's tensors, without state."""
         self._own_hook.remove()
+        if not self.ahead.is_final:
+            self.skip("")
         self._behind.close()
         if self.ahead.end():
             logger.error("a backward had begun to update and no step() came: weights are those of two steps")
         super().let_go()
-
-
-@contextmanager
-def _slower() -> Iterator[None]:
-    """What is done inside is faster than without, and can be left: no rank alone may fail for it."""
-    try:
-        yield
-    except OffloadError as error:
-        logger.warning("gradients and weights take a slower way between host and device: %s", error)
