@@ -176,6 +176,22 @@ def test_unusual_modules(clip: float, name: str) -> None:
         assert_same(found, run_ranks(2, body, "none"))
 
 
+def test_gradients_that_come_when_others_were_used(seen: Counter[str]) -> None:
+    """At stage 2 nothing refuses a second part, for weights are in sight."""
+
+    def body(overlap: str) -> Any:
+        torch.manual_seed(0)
+        config = unusual_config_for(2, gradient_clipping=SOME, **BF16)
+        config["optimizer"] = {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "overlap": overlap}
+        model = CASES["shared, reentrant checkpoints"]().bfloat16()
+        result = train_sharded(model, None, inputs(2).bfloat16(), config)
+        return result, (seen["begun"], seen["taken back"])
+
+    for begun, back in same_as_without(2, body):
+        assert 0 < back <= begun
+
+
 def test_four_ranks_with_weights_on_disk(tmp_path: Path, seen: Counter[str]) -> None:
     def body(overlap: str) -> Any:
         config = config_for(overlap, tmp_path, gradient_clipping=SOME, **BF16)
@@ -190,6 +206,8 @@ def test_four_ranks_with_weights_on_disk(tmp_path: Path, seen: Counter[str]) -> 
 
 # --- what is taken back ---------------------------------------------------------------------------
 
+# (The first two steps have a learning rate of 0.)
+
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("stage", [2, 3])
@@ -199,15 +217,15 @@ def test_a_gradient_that_is_not_finite_skips_the_step(
     def body(overlap: str) -> Any:
         seen.clear()
         engine = start(overlap, tmp_path, stage=stage, gradient_clipping=NONE, **PRECISIONS[precision])
-        losses = train_on(engine, DATA[:2])
+        losses = train_on(engine, DATA[:3])
         before = whole_weights(engine), whole_masters(engine), states_of(engine)
         kept = [{name: value.clone() for name, value in state.items()} for state in before[2]]
         handle, taken_back = spoil(engine), seen["taken back"]
-        train_on(engine, DATA[2:3])
+        train_on(engine, DATA[3:4])
         handle.remove()
         assert not engine.was_step_applied()
         assert_same((whole_weights(engine), whole_masters(engine), states_of(engine)), (*before[:2], kept))
-        return (losses, train_on(engine, DATA[3:]), result_of(engine)), seen["taken back"] - taken_back
+        return (losses, train_on(engine, DATA[4:]), result_of(engine)), seen["taken back"] - taken_back
 
     assert all(same_as_without(2, body))
 
@@ -216,11 +234,11 @@ def test_a_gradient_that_is_not_finite_skips_the_step(
 def test_what_changes_between_backward_and_step_counts(act: Any, tmp_path: Path, seen: Counter[str]) -> None:
     def body(overlap: str) -> Any:
         engine = start(overlap, tmp_path, stage=2, gradient_clipping=NONE, **BF16)
-        train_on(engine, DATA[:1])
-        up_to_step(engine, DATA[1])
+        train_on(engine, DATA[:3])
+        up_to_step(engine, DATA[3])
         act(engine)
         engine.step()
-        return (train_on(engine, DATA[2:]), result_of(engine)), seen["taken back"]
+        return (train_on(engine, DATA[4:]), result_of(engine)), seen["taken back"]
 
     assert all(same_as_without(2, body))
 
@@ -233,14 +251,14 @@ def test_a_backward_that_fails_leaves_all_as_it_was(stage: int, tmp_path: Path, 
     def body(overlap: str) -> Any:
         config = {"stage": stage, "gradient_clipping": NONE, "gradient_accumulation_steps": 1, **BF16}
         engine = start(overlap, tmp_path, **config)
-        train_on(engine, DATA[:1])
+        train_on(engine, DATA[:3])
         handle = engine.module.blocks[0].register_full_backward_pre_hook(fail)
-        loss = engine(DATA[1][:4])
+        loss = engine(DATA[3][:4])
         with pytest.raises(ArithmeticError):
             engine.backward(loss)
         handle.remove()
         engine.reset()
-        return (whole_masters(engine), train_on(engine, DATA[1:]), result_of(engine)), seen["taken back"]
+        return (whole_masters(engine), train_on(engine, DATA[3:]), result_of(engine)), seen["taken back"]
 
     assert all(same_as_without(2, body))
 
@@ -248,9 +266,9 @@ def test_a_backward_that_fails_leaves_all_as_it_was(stage: int, tmp_path: Path, 
 def test_the_end_of_an_engine_between_backward_and_step(tmp_path: Path) -> None:
     engine = start("backward", tmp_path, gradient_clipping=NONE, **BF16)
     model = engine.module
-    train_on(engine, DATA[:1])  # after which a guess is made
+    train_on(engine, DATA[:3])
     before = {name: param.local.clone() for name, param in model.named_parameters()}
-    up_to_step(engine, DATA[1])
+    up_to_step(engine, DATA[3])
     assert engine._partitioned.ahead.begun
     engine.destroy()
     assert_same({name: param.local for name, param in model.named_parameters()}, before)
@@ -260,11 +278,11 @@ def test_the_end_of_an_engine_between_backward_and_step(tmp_path: Path) -> None:
 def test_a_checkpoint_over_a_step_that_has_begun(tmp_path: Path) -> None:
     def body(overlap: str) -> Any:
         engine = start(overlap, tmp_path, gradient_clipping=NONE, **BF16)
-        train_on(engine, DATA[:1])
+        train_on(engine, DATA[:3])
         engine.save_checkpoint(tmp_path / overlap)
-        up_to_step(engine, DATA[2])
+        up_to_step(engine, DATA[5])
         engine.load_checkpoint(tmp_path / overlap)
-        return (train_on(engine, DATA[1:]), result_of(engine)), None
+        return (train_on(engine, DATA[3:]), result_of(engine)), None
 
     same_as_without(2, body)
 
