@@ -136,11 +136,11 @@ class Checkpoints(Batches):
         self._check_here()
         if self._saver is not None:
             self._saver.flush()
+        self._give_up_ahead()
         try:
             self._catch_up()
         except OffloadError as error:  # on every rank, and what is loaded mends it
             logger.warning("the last step failed: %s", error)
-        self._give_up_ahead()
         folder = self._folder(load_dir)
         wants = Wants(
             strict=load_module_strict,
@@ -332,8 +332,10 @@ class Checkpoints(Batches):
 
     def _give_up_ahead(self) -> None:
         """Let updates come to their end; a step that began some in backward is not made."""
-        if self._partitioned is not None and self._partitioned.give_up():
-            self._mixture = "a backward that had begun to update was given up"
+        if self._partitioned is not None:
+            with self._or_mixture():
+                has_begun = self._partitioned.give_up()
+            self._mixture = "a backward that had begun to update was given up" if has_begun else self._mixture
 
     @contextmanager
     def _or_mixture(self, *, if_ahead: bool = False) -> Iterator[None]:

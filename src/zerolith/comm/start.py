@@ -131,9 +131,9 @@ def _loopback_store(port: int, *, rank: int, world_size: int, timeout: timedelta
     )
 
 
-def ranks_on_this_host() -> int:
-    """As the launcher says; 1 where there is none."""
-    return max(1, _env_int("LOCAL_WORLD_SIZE", 1))
+def ranks_on_this_host(otherwise: int = 1) -> int:
+    """As the launcher says; `otherwise` where it does not."""
+    return max(1, _env_int("LOCAL_WORLD_SIZE", otherwise))
 
 
 def _env_int(name: str, default: int) -> int:

@@ -58,6 +58,7 @@ class Ahead:
         self._comm = comm
         self._begin, self._undo, self._images = begin, undo, images
         self._options_now, self._terms, self._may_begin = options, terms, may_begin
+        self._factor = 1.0  # of gradients in updates that begin
         self._guesses_well = images is None  # whether the last step's factor of the gradients was what updates expect
         self._checks = checks
         self._waiting: list[Gradients] = []  # whose weights are whole still: the root's, until backward ends
@@ -82,13 +83,13 @@ class Ahead:
         """Get ready if it completes the gradients of a step. Raises UsageError if a step is due."""
         if self.is_under_way:
             _refuse()
-        if is_last and self.eligible and self._guesses_well and self._may_begin():
+        if is_last and self.eligible and self._may_begin():
             self._phase = _Phase.BEGINNING
-            self._options = self._options_now()
+            self._options, self._factor = self._options_now(), 1.0 / self._terms()
 
     def summed(self, own: Gradients) -> None:
         """A section's gradient is reduced: begin its update, and those that had to wait, if nothing can be missing."""
-        if self._phase is not _Phase.BEGINNING or own not in self.eligible:
+        if self._phase is not _Phase.BEGINNING or own not in self.eligible or not self._guesses_well:
             return
         self._waiting.append(own)
         for each in list(self._waiting):
@@ -114,7 +115,7 @@ class Ahead:
             return
         own.section.is_ahead = True
         self.begun[own] = image
-        self._begin(own, self._options, 1.0 / self._terms(), image)
+        self._begin(own, self._options, self._factor, image)
 
     def refuse(self) -> None:
         """Raise UsageError between such a backward and its step."""
@@ -147,17 +148,20 @@ class Ahead:
 
     def take_back(self) -> None:
         """Let all that this rank has updated be as it was before. Needs before images; does not communicate."""
-        begun, self.begun = self.begun, {}
-        for own, image in begun.items():
+        for image in self.begun.values():
             assert image is not None, "else nothing can be taken back"
+            image.cancel()
+        for own, image in list(self.begun.items()):  # one by one: what an interrupt leaves is taken back the next time
+            assert image is not None, "as above"
             self._undo(own, image)
             own.section.is_ahead = False
+            del self.begun[own]
 
     def use_factor(self, factor: float) -> None:
         """The step multiplies gradients by this: what was updated with another factor is taken back."""
         if self._images is not None:
             self._guesses_well = factor == 1.0 / self._terms()
-            if not self._guesses_well:
+            if factor != self._factor:
                 self.take_back()
 
     def check_late(self, late: Sequence[bool], gradients: Sequence[Gradients]) -> None:

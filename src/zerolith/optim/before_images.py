@@ -39,28 +39,34 @@ class BeforeImage:
         self._memory: Tensor | None = memory
         self._pool = pool
         self._is_filled = False
+        self._is_cancelled = False
         self._lock = Lock()
 
-    def fill(self) -> None:
-        """Copy what is there, unless nobody needs it any more."""
+    def fill(self) -> bool:
+        """Copy what is there, unless nobody needs it any more; returns whether the update is still wanted."""
         with self._lock:
-            if self._memory is not None:
+            if self._memory is not None and not self._is_cancelled:
                 for source, copy in self._pairs(self._memory):
                     copy.copy_(source)
                 self._is_filled = True
+            return not self._is_cancelled
+
+    def cancel(self) -> None:
+        """The update is not wanted: it is not to begin, and `restore` follows if it has."""
+        with self._lock:
+            self._is_cancelled = True
 
     def restore(self, states: MutableMapping[Tensor, State]) -> None:
         """Bring all of it back, if anything was copied; `states` are the optimizer's."""
         with self._lock:
-            if self._memory is None or not self._is_filled:
-                return
-            for source, copy in self._pairs(self._memory):
-                source.copy_(copy)
-            for param, before in self._states.items():
-                if before:
-                    states[param] = before
-                else:
-                    states.pop(param, None)
+            if self._memory is not None and self._is_filled:
+                for source, copy in self._pairs(self._memory):
+                    source.copy_(copy)
+                for param, before in self._states.items():
+                    if before:
+                        states[param] = before
+                    else:
+                        states.pop(param, None)
         self.drop()
 
     def drop(self) -> None:
@@ -102,7 +108,7 @@ class BeforeImages:
         states = {piece.param: inner.state.get(piece.param, {}) for piece in pieces}
         nbytes = sum(map(_room, _tensors(states)))
         if self._room is None:
-            self._room = _room_on_host()
+            self._room = _room_on_host(self._holdings.comm.size)
         if self._pool.used_bytes + nbytes > self._room:
             return None
         try:
@@ -123,7 +129,7 @@ def _room(tensor: Tensor) -> int:
     return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def _room_on_host() -> int:
-    """Bytes that this rank may take of what is free on the host now."""
+def _room_on_host(ranks: int) -> int:
+    """Bytes that this rank may take of what is free on the host now; `ranks` are here if no launcher says how many."""
     memory = memory_of_host()
-    return int(SHARE * memory[1]) // ranks_on_this_host() if memory is not None else torch.iinfo(torch.int64).max
+    return int(SHARE * memory[1]) // ranks_on_this_host(ranks) if memory is not None else torch.iinfo(torch.int64).max

@@ -18,7 +18,7 @@ from torch import Tensor
 from zerolith.config import Config
 from zerolith.gradients import Gradients
 from zerolith.memory.room import Gauge, gauge_of, how_many_fit
-from zerolith.optim.behind import can_run_ahead, is_known
+from zerolith.optim.behind import is_known
 from zerolith.optim.one_pass import OnePass
 from zerolith.optim.partitioned import PartitionedOptimizer
 from zerolith.optim.pieces import State
@@ -149,7 +149,7 @@ def move(optimizer: PartitionedOptimizer, own: Gradients, copies: Copies) -> Non
     section.is_offloaded = False
     own.runs_behind = False
     optimizer.split(own)
-    if not can_run_ahead(optimizer.inner, own, is_swapped=section.is_split):
+    if not optimizer.may_run_ahead(own):
         optimizer.ahead.eligible.pop(own, None)
 
 

@@ -62,7 +62,7 @@ class PartitionedOptimizer(Holdings):
                 pass  # from here on it is on disk
         self._images = BeforeImages(self) if guesses else None
         self.ahead = Ahead(
-            [own for own in gradients if terms and self._can_run_ahead(own)],
+            [own for own in gradients if terms and self.may_run_ahead(own)],
             comm,
             begin=self._begin_ahead,
             undo=self._undo,
@@ -240,7 +240,8 @@ class PartitionedOptimizer(Holdings):
             }
         )
 
-    def _can_run_ahead(self, own: Gradients) -> bool:
+    def may_run_ahead(self, own: Gradients) -> bool:
+        """Whether a section, as it is now, may be updated in backward."""
         fits = self._images is None or self._images.can_have(own)
         return fits and can_run_ahead(self.inner, own, is_swapped=self.residency.swaps(own))
 
@@ -258,14 +259,14 @@ class PartitionedOptimizer(Holdings):
 
     def _undo(self, own: Gradients, image: BeforeImage) -> None:
         self._behind.settle(own)
-        image.restore(self.inner.state)
-        own.section.drop_result()
-        if own.section.is_sharded:
-            try:
+        try:
+            image.restore(self.inner.state)
+            own.section.drop_result()
+            if own.section.is_sharded:
                 own.section.start_publish().wait()
                 own.section.plan.residency.settle()
-            except OffloadError as error:
-                self._behind.report(error)  # `catch_up` tells all ranks
+        except Exception as error:
+            self._behind.report(error)  # `catch_up` tells all ranks
 
     def _update_one(
         self,
@@ -278,7 +279,7 @@ class PartitionedOptimizer(Holdings):
     ) -> None:
         """Step one section and, where that needs no other rank, publish it; `after` is the next. In the thread.
 
-        `image` is filled before.
+        `image` is filled before, unless it says that the update is not wanted any more.
         """
         params: list[list[Tensor]] = [[] for _ in options]
         for piece in self.pieces[own]:
@@ -287,8 +288,8 @@ class PartitionedOptimizer(Holdings):
             with self.residency.resident(own):
                 if after is not None:
                     self._prefetch(after)
-                if image is not None:
-                    image.fill()
+                if image is not None and not image.fill():
+                    return
                 self._step_together({own: flags}, alike(self.inner, options, params), grad_factor)
                 if own.section.is_sharded:
                     own.section.start_publish().wait()
