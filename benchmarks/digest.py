@@ -17,7 +17,13 @@ from benchmarks.step_time import RESULTS
 
 HEADER = "| model | engine | runs | tokens/s vs DDP | peak memory vs DDP | MB sent per step | start-up, s |"
 RULE = "| --- | --- | ---: | ---: | ---: | ---: | ---: |"
-NAMES = {"ddp": "DDP", "fsdp2": "FSDP2", "zero": "**zerolith** stage ", "ds": "DeepSpeed stage "}
+NAMES = {
+    "floor": "no exchange",
+    "ddp": "DDP",
+    "fsdp2": "FSDP2",
+    "zero": "**zerolith** stage ",
+    "ds": "DeepSpeed stage ",
+}
 
 Summary = Mapping[str, Any]  # one engine's of one run, as report.write puts it
 

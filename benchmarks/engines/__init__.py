@@ -57,6 +57,7 @@ def _stages(prefix: str, adapter: str, library: str) -> dict[str, Entry]:
 
 ENGINES: dict[str, Entry] = {
     "plain": Entry(adapter="benchmarks.engines.plain", library="torch", max_ranks=1),
+    "floor": Entry(adapter="benchmarks.engines.floor", library="torch"),
     "ddp": Entry(adapter="benchmarks.engines.ddp", library="torch"),
     "fsdp2": Entry(adapter="benchmarks.engines.fsdp2", library="torch", options={"reshard": True}),
     # Keeps the gathered weights between forward and backward, as DeepSpeed's stage 3 does at these sizes.

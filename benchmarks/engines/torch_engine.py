@@ -1,8 +1,9 @@
-"""What the three torch engines share: rendezvous, AdamW and the step."""
+"""What torch's engines share: rendezvous, AdamW and the step."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -17,12 +18,20 @@ BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 class TorchEngine:
     """Any module and any torch optimizer; autocast where a dtype is given."""
 
-    def __init__(self, model: nn.Module, job: Job, device: torch.device, *, autocast: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        job: Job,
+        device: torch.device,
+        *,
+        autocast: torch.dtype | None,
+        stepped: Iterable[nn.Parameter] | None = None,  # else those of the model
+    ) -> None:
         self.model = model
         self.device = device
         self.autocast = autocast
         self.optimizer = AdamW(
-            model.parameters(), lr=job.lr, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True
+            stepped or model.parameters(), lr=job.lr, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True
         )
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
