@@ -18,7 +18,7 @@ from benchmarks.step_time import RESULTS
 HEADER = "| model | engine | runs | tokens/s vs DDP | peak memory vs DDP | MB sent per step | start-up, s |"
 RULE = "| --- | --- | ---: | ---: | ---: | ---: | ---: |"
 NAMES = {
-    "floor": "no exchange",
+    "floor": "floor: nothing exchanged",
     "ddp": "DDP",
     "fsdp2": "FSDP2",
     "zero": "**zerolith** stage ",
