@@ -33,7 +33,8 @@ class OffloadOptimizer(Section):
     overlap: Literal["none", "forward", "backward"] | None = key(
         None,
         "When updates run. forward: behind the next forward, which waits for each unit's; backward: from when a unit's "
-        "gradient is complete, whose memory then goes; none: in step(); null: forward at stage 3, none at 1 and 2.",
+        "gradient is complete, whose memory then goes unless clipping or a loss scale may have the update taken back; "
+        "none: in step(); null: forward at stage 3, none at 1 and 2.",
     )
     ratio: Share = key(1.0, "Share of masters and states that is offloaded; those of the model's first units stay.")
     hbm_first: bool = key(

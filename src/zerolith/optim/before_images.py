@@ -3,8 +3,8 @@
 [Note: before images] An update that begins in backward may turn out to be another one than the step's: the norm of all
 gradients says that they are clipped, or one of them is not finite. Adam's update has no exact inverse in floating
 point, so what it is about to write is copied first (a database calls that a before image). The copies cost a section's
-masters and states once more, in host memory, from its update to the step; a section for which there is no room is not
-updated before the step. Gradients are kept as they are: our kernels only read them.
+masters and states once more, in host memory that is kept for the next step's; a section for which there is no room is
+not updated before the step. Gradients are kept as they are: our kernels only read them.
 """
 
 from __future__ import annotations
