@@ -12,11 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves
 
 import zerolith
 from harness import run_ranks
 from models import differing, sgd, start_engine, whole_weights, zero_config
-from zerolith.checkpointing import Options, checkpoint, checkpoint_blocks, configure, is_configured, reset
+from zerolith.checkpointing import (
+    EXPENSIVE,
+    Options,
+    _run,
+    checkpoint,
+    checkpoint_blocks,
+    configure,
+    is_configured,
+    reset,
+)
 from zerolith.errors import ConfigError
 from zerolith.memory.offload import MIN_BYTES, Offload
 from zerolith.memory.pool import HostPool
@@ -379,3 +389,64 @@ def test_keywords_are_the_blocks_own(offload: bool) -> None:
         assert torch.equal(*(torch.autograd.grad(each.sum(), x, retain_graph=True)[0] for each in (got, expected)))
     for forward in undo:
         forward.remove()
+
+
+# --- random numbers ---------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("zerolith_tests::noisy_attention", mutates_args=())
+def noisy_attention(query: Tensor, other: Tensor, dropout_p: float = 0.0) -> Tensor:
+    """Like CUDA's fused attention: with dropout it draws from torch's generator, out of autograd's sight."""
+    return query * other * (torch.rand_like(query) >= dropout_p if dropout_p else 1.0)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0], output)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    query, output = ctx.saved_tensors
+    return grad * output, grad * query * (output != 0), None
+
+
+noisy_attention.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("policy", ["selective", "selective, on the host", "full"])
+def test_attention_that_drops_out_is_computed_again_with_the_numbers_of_forward(
+    monkeypatch: pytest.MonkeyPatch, policy: str, dropout: float
+) -> None:
+    kept = torch.ops.zerolith_tests.noisy_attention.default
+    monkeypatch.setattr("zerolith.checkpointing.EXPENSIVE", [*EXPENSIVE, kept])
+    options = Options(selective="selective" in policy, offload=Offload() if policy.endswith("host") else None)
+
+    def block(x: Tensor) -> Tensor:
+        return F.dropout(torch.sin(noisy_attention(x, torch.cos(x), dropout)), 0.5).square()
+
+    def gradient(run: Callable[..., Tensor]) -> Tensor:
+        torch.manual_seed(3)
+        x = torch.linspace(0.1, 2.0, ROWS * WIDTH).view(ROWS, WIDTH).requires_grad_()
+        run(block, x).sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    plain = gradient(lambda function, x: function(x))
+    assert torch.equal(gradient(partial(_run, options)), plain)
+
+
+def test_the_random_state_of_a_tensor_that_is_passed_by_name_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch keeps those of the devices that it sees among the arguments."""
+    seen: list[Tensor] = []
+    infer = torch.utils.checkpoint._infer_device_type
+
+    def watch(*args: Any) -> str:
+        seen.extend(leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
+        return infer(*args)
+
+    monkeypatch.setattr("torch.utils.checkpoint._infer_device_type", watch)
+    x, mask = torch.ones(2, requires_grad=True), torch.ones(2)
+    checkpoint(lambda *, states, masks: states * masks[0], states=x, masks=[mask]).sum().backward()
+    assert any(each is x for each in seen)
+    assert any(each is mask for each in seen)
+    assert x.grad is not None

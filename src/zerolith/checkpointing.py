@@ -8,7 +8,7 @@ not gathered once more to be computed again. What a block keeps may stay in host
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -18,14 +18,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.checkpoint import checkpoint as torch_checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint as torch_checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from zerolith.errors import ConfigError, UsageError
 from zerolith.forward import Forward
 from zerolith.memory.offload import Block, Kept, Offload, Saved
 
 _ATEN = torch.ops.aten
-# What costs much to compute and little to keep: with the policy "selective" their results stay.
+# What costs much to compute and little to keep: with the policy "selective" their results stay, see `_is_kept`.
 EXPENSIVE = [
     _ATEN.mm.default,
     _ATEN.addmm.default,
@@ -134,8 +138,8 @@ def _run(options: Options, function: Callable[..., Any], /, *args: Any, **kwargs
         return _run_offloaded(options.offload.block(), options.selective, function, *args, **kwargs)
     chosen: dict[str, Any] = {}
     if options.selective:
-        chosen["context_fn"] = partial(create_selective_checkpoint_contexts, EXPENSIVE)
-    return torch_checkpoint(partial(function, **kwargs), *args, use_reentrant=False, **chosen)
+        chosen["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    return _run_by_torch(function, args, kwargs, **chosen)
 
 
 def _run_offloaded(block: Block, selective: bool, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -144,7 +148,35 @@ def _run_offloaded(block: Block, selective: bool, function: Callable[..., Any], 
         results: list[Result] = []
         chosen["context_fn"] = lambda: (_Keep(results, block), _Reuse(results))
     with block.hooks():
-        return torch_checkpoint(partial(_inside, function, **kwargs), *args, use_reentrant=False, **chosen)
+        return _run_by_torch(partial(_inside, function), args, kwargs, **chosen)
+
+
+def _run_by_torch(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], **chosen: Any) -> Any:
+    """All arguments are positional for torch: it keeps the random states only of those's devices, and saves only those
+    where hooks can see it."""
+    names, positional = list(kwargs), len(args)
+
+    def call(*given: Any) -> Any:
+        return function(*given[:positional], **dict(zip(names, given[positional:], strict=True)))
+
+    return torch_checkpoint(call, *args, *kwargs.values(), use_reentrant=False, **chosen)
+
+
+def _is_kept(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:  # operation: torch's OpOverload
+    """Whether the results of this call stay with the policy "selective".
+
+    Not if it draws random numbers: they would not be drawn again, and all that follow in the block would be others.
+    """
+    if operation not in EXPENSIVE:
+        return False
+    names = [argument.name for argument in operation._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return not given.get("dropout_p", 0.0)
+
+
+def _policy(_: Any, operation: Any, /, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    keeps = _is_kept(operation, args, kwargs)
+    return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _inside(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -173,7 +205,7 @@ class _Keep(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         value = func(*args, **(kwargs or {}))
-        if func in EXPENSIVE:
+        if _is_kept(func, args, kwargs or {}):
             self._results.append(Result(func, tree_map_only(Tensor, self._block.pack, value)))
         return value
 
@@ -191,7 +223,7 @@ class _Reuse(TorchDispatchMode):
         return super().__enter__()  # type: ignore[no-untyped-call]  # untyped in torch
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in EXPENSIVE:
+        if not _is_kept(func, args, kwargs or {}):
             return func(*args, **(kwargs or {}))
         if self._next >= len(self._results) or self._results[self._next].operation is not func:
             raise UsageError(f"a checkpointed block computed {func} in backward that it did not compute in forward")
