@@ -58,7 +58,7 @@ class Comm:
         self.device = device
         self.size = dist.get_world_size(group) if group is not None else 1
         self.rank = dist.get_rank(group) if group is not None else 0
-        self.backend = str(dist.get_backend(group)) if group is not None else "none"
+        self.backend = backend_on(device.type, dist.get_backend_config(group)) if group is not None else "none"
         self.traffic = Traffic()
         self.journal = Journal()
         self.pool = Pool()
@@ -153,6 +153,12 @@ class Comm:
 
     def _timed(self, pending: _Pending, op: str, name: str, sent: int) -> Pending:
         return pending if self.log is None else self.log.watch(pending, pending.works, op=op, name=name, sent=sent)
+
+
+def backend_on(device_type: str, config: str) -> str:
+    """The backend that moves tensors of a kind of device; config: as torch writes a group's, "cpu:gloo,cuda:nccl"."""
+    backends = dict(entry.split(":", 1) for entry in config.split(",") if ":" in entry)
+    return backends.get(device_type, config)
 
 
 def _guard(name: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

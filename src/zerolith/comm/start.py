@@ -36,11 +36,15 @@ def init_distributed(
     """Join the default process group that the launcher's environment describes.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them. Without them, and
-    when a group exists already, it does nothing: one process needs no group. `dist_backend` defaults to nccl
+    when a group exists already, it makes none: one process needs no group. `dist_backend` defaults to nccl
     with CUDA and gloo without. On a single host, sockets listen on the loopback interface only.
+
+    With CUDA this process's device becomes the one to which an existing group is bound, or GPU number LOCAL_RANK if it
+    sees so many; else the current device stays.
 
     Collective. Raises ConfigError if the environment is only half there, PeerLostError if some rank does not come.
     """
+    _choose_device()
     if is_distributed():
         return
     rank = rank if rank >= 0 else _env_int("RANK", -1)
@@ -52,8 +56,6 @@ def init_distributed(
             f"environment: RANK={rank} and WORLD_SIZE={world_size} do not fit; start with torchrun, "
             "or unset both to run one process"
         )
-    if torch.cuda.is_available():
-        torch.cuda.set_device(_env_int("LOCAL_RANK", 0))
     backend = dist_backend or ("nccl" if torch.cuda.is_available() else "gloo")
     address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), _env_int("MASTER_PORT", 29500)
     agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -68,6 +70,18 @@ def init_distributed(
             f"rank {rank} of {world_size} could not join the others at {address}:{port} within "
             f"{timeout.total_seconds():g} s: look for ranks that never started or failed before. torch says: {error}"
         ) from error
+
+
+def _choose_device() -> None:
+    """This process's GPU; ranks of one host must not share theirs, and kernels start on the current one."""
+    if not torch.cuda.is_available():
+        return
+    bound = getattr(dist.group.WORLD, "bound_device_id", None) if is_distributed() else None
+    local = _env_int("LOCAL_RANK", -1)
+    if bound is not None and bound.type == "cuda":
+        torch.cuda.set_device(bound)
+    elif 0 <= local < torch.cuda.device_count() and torch.cuda.current_device() == 0:
+        torch.cuda.set_device(local)  # who has chosen another one than the first has had a reason
 
 
 def default_comm(*, reproducible: bool = False) -> Comm:
