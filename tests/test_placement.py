@@ -88,6 +88,23 @@ def test_weights_that_are_page_locked_leave_a_tenth_of_the_host(device: str, mon
             check()
 
 
+@pytest.mark.parametrize(("device", "per_element"), [("cpu", 12), ("cuda", 12 + 4)])
+def test_gradients_on_their_way_from_a_device_count_with_the_states(
+    device: str, per_element: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(
+        {"train_batch_size": 1, "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+    )
+    member = SimpleNamespace(param=torch.empty(1000, device="meta"), trained=True)
+    comm = SimpleNamespace(size=1, device=torch.device(device))
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    host_with(monkeypatch, 1000 * per_element, 10**6)
+    placement.check_room(config, [member], Precision(), optimizer, comm)
+    host_with(monkeypatch, 1000 * per_element - 1, 10**6)
+    with pytest.raises(OffloadError, match="to be offloaded"):
+        placement.check_room(config, [member], Precision(), optimizer, comm)
+
+
 def test_what_is_not_offloaded_needs_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     host_with(monkeypatch, 0, 0)
     start({"stage": 3}).destroy()

@@ -175,7 +175,8 @@ class Gradients:
     def free(self) -> None:
         """Give the memory of the sum back, unless a term lends it; `reset` must come before anything else."""
         if self.left is not None:
-            self.left.leave_behind()  # a rank with none of the elements has not read it
+            self.left.arrived()  # a rank with none of the elements has not read it, and threads have other streams
+            self.left.leave_behind()
         self._buffer.release()
 
     def free_here(self, departed: Departed) -> None:

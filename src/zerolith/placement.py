@@ -80,10 +80,12 @@ def check_room(
         in_memory += needed if offload.device == "cpu" else 0.0
     locked = 0.0
     if comm.device.type == "cuda":
-        on_their_way = zero.offload_optimizer.device != "none"  # gradients before a step; weights after it are fewer
-        locked += zero.offload_optimizer.ratio * masters if on_their_way else 0.0
-        locked += weights if zero.offload_param.device == "cpu" else 0.0
-    _check_memory(in_memory, page_locked=locked / comm.size * here)
+        is_far = zero.offload_optimizer.device != "none"
+        # Gradients before a step; weights after it are fewer.
+        on_their_way = zero.offload_optimizer.ratio * masters / comm.size * here if is_far else 0.0
+        in_memory += on_their_way
+        locked += on_their_way + (weights / comm.size * here if zero.offload_param.device == "cpu" else 0.0)
+    _check_memory(in_memory, page_locked=locked)
 
 
 def _check_disk(folder: Path, what: str, needed: float) -> None:

@@ -120,6 +120,7 @@ class Behind:
         try:
             with ExitStack() as beside:
                 if self._stream is not None and ready is not None:
+                    torch.cuda.set_device(self._device)  # a thread begins with the first, and would go back to it
                     beside.enter_context(torch.cuda.stream(self._stream))
                     self._stream.wait_event(ready)
                     beside.callback(self._stream.synchronize)
