@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -14,6 +15,9 @@ from zerolith.errors import UsageError
 from zerolith.kernels import native, reference
 from zerolith.kernels.arrays import Arrays
 from zerolith.kernels.recipe import Recipe
+from zerolith.layout import BLOCK
+
+logger = logging.getLogger("zerolith")
 
 
 class Backend(Protocol):
@@ -39,11 +43,7 @@ def backend_for(device: torch.device) -> Backend:
     """The fastest there is."""
     if device.type == "cpu":
         return native.library() or reference
-    if device.type == "cuda" and _has_triton():
-        from zerolith.kernels import triton_kernels
-
-        return triton_kernels
-    return reference
+    return (triton_on(device) if device.type == "cuda" else None) or reference
 
 
 def num_threads(threads: int | None) -> int:
@@ -56,6 +56,19 @@ def num_threads(threads: int | None) -> int:
 
 
 @functools.cache
-def _has_triton() -> bool:
+def triton_on(device: torch.device) -> Backend | None:
+    """Triton's kernels if they run there, which is tried once: their first launch needs a C compiler."""
     # Not on AMD's GPUs: whether its roots and divisions round correctly there has not been tested.
-    return torch.version.hip is None and importlib.util.find_spec("triton") is not None
+    if torch.version.hip is not None or importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        from zerolith.kernels import triton_kernels
+
+        ones = torch.ones(BLOCK, device=device)
+        triton_kernels.add(torch.zeros_like(ones), [ones], None, fresh=True, threads=1)
+    except Exception as error:  # of many kinds: no compiler, no headers, a driver that is too old
+        logger.warning(
+            "Triton's kernels do not run here, so torch's operations do the work, with the same bits: %s", error
+        )
+        return None
+    return triton_kernels
