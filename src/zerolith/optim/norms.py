@@ -43,7 +43,7 @@ def examine(
     Raises CollectiveMismatchError on every rank if they differ.
     """
     squares = [own.squares for own in gradients]
-    highest = [float(square.max()) for square in squares if square.numel()]
+    highest = _numbers([square.max() for square in squares if square.numel()])
     largest = max((each if math.isfinite(each) else math.inf for each in highest), default=0.0)
     flags = [float(used) for own in gradients for used in own.used]
     print_ = float(comm.journal.fingerprint) if fingerprint else 0.0
@@ -68,10 +68,15 @@ def _exact_parts(squares: Sequence[Tensor], largest: float, blocks: int) -> list
     for _ in range(2):
         magic = 1.5 * math.ldexp(unit, MANTISSA)  # adding it rounds to a multiple of `unit`
         rounded = [(square + magic) - magic for square in rest]
-        parts.append(sum(float(part.sum()) for part in rounded))
+        parts.append(sum(_numbers([part.sum() for part in rounded])))
         rest = [square - part for square, part in zip(rest, rounded, strict=True)]
         unit = math.ldexp(unit, growth - MANTISSA)
     return parts
+
+
+def _numbers(scalars: Sequence[Tensor]) -> list[float]:
+    """All of them in one read: each read of a device waits for it. They may lie on several."""
+    return torch.stack([scalar.to(scalars[0].device) for scalar in scalars]).tolist() if scalars else []
 
 
 def _culprit(gradients: Sequence[Gradients], squares: Sequence[Tensor], comm: Comm) -> str:
