@@ -4,8 +4,9 @@
     python -m benchmarks.gpu --device cpu --sizes tiny --seq 64  # to see that the script works
 
 Every model is trained in a process of its own, so one that does not fit costs no other its memory; what did not fit,
-or took too long, is in the table as that. Contenders of one size follow each other. MFU is of the peak that
-`--peak-tflops` says (H100 and H200: 989 dense bf16).
+or took too long, is in the table as that. A contender trains all sizes before the next one begins, so that those that
+are named first have figures if time ends; results are written after each. MFU is of the peak that `--peak-tflops` says
+(H100 and H200: 989 dense bf16).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from benchmarks.measure import default_device, git_state, hardware, shown_comman
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results"
+GPU_TESTS = ("kernels/test_cuda.py", "memory/test_offload_gpu.py", "observe/test_logs.py", "test_device.py")
 OUT_OF_MEMORY = ("out of memory", "OutOfMemoryError", "MemoryError", "has no room", "-9")
 
 
@@ -60,7 +62,8 @@ def attempt(run: Run, limit_s: float) -> dict[str, Any]:
 
 def checks(clock: Clock) -> dict[str, Any]:
     """The tests that need a GPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    command += [f"tests/{name}" for name in GPU_TESTS]
     try:
         ended = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, timeout=max(1, clock.left(150)), check=False
@@ -159,24 +162,33 @@ def main() -> None:
             policy=arguments.policy,
         )
 
-    for size in arguments.sizes.split(","):
-        for contender in arguments.contenders.split(","):
+    most = None
+    for contender in arguments.contenders.split(","):
+        for size in arguments.sizes.split(","):
             found = attempt(run_of(size, contender), clock.left(180))
             rows.append({"size": size, "contender": contender, **found})
             print(table(rows[-1:], arguments.peak_tflops).splitlines()[-1], flush=True)
-    most = None
+            write(arguments, facts, rows, most)
     if arguments.largest_from:
         size = "tiny" if small else "8b"
         most = largest(run_of(size, "zerolith-all"), clock, start=arguments.largest_from)
         print(f"largest: {most['layers']} layers, {most['params'] / 1e9:.2f} B parameters", flush=True)
-    text = table(rows, arguments.peak_tflops)
+    print(write(arguments, facts, rows, most))
+
+
+def write(
+    arguments: argparse.Namespace, facts: dict[str, Any], rows: list[dict[str, Any]], most: dict[str, Any] | None
+) -> str:
+    """What is known so far, to both files; returns the table, a size after the other."""
+    sizes = arguments.sizes.split(",")
+    text = table(sorted(rows, key=lambda row: sizes.index(row["size"])), arguments.peak_tflops)
     floor_lines = "\n".join(f"* {name}: {value:.1f}" for name, value in facts["floors"].items())
     note = f"\n\n{floor_lines}\n* {facts['command']}\n"
     if most is not None:
         note += f"* largest model that takes five steps: {most['params'] / 1e9:.2f} B ({most['layers']} layers)\n"
     arguments.markdown.write_text(f"**One GPU, with and without offload**\n\n{text}{note}")
     arguments.json.write_text(json.dumps({"facts": facts, "rows": rows, "largest": most}, indent=1) + "\n")
-    print(text)
+    return text
 
 
 if __name__ == "__main__":

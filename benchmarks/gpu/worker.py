@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from benchmarks.gpu.llama import Llama
 from benchmarks.gpu.shapes import Shape
 
-CONTENDERS = (
-    "zerolith", "zerolith-states", "zerolith-backward", "zerolith-guess", "zerolith-all", "fsdp2", "fsdp2-offload",
+CONTENDERS = (  # those that matter most first: time may not suffice for all
+    "zerolith", "zerolith-states", "fsdp2", "fsdp2-offload", "zerolith-all", "zerolith-guess", "zerolith-backward",
 )  # fmt: skip
 LR = 1e-5
 
@@ -67,7 +67,7 @@ def zerolith_step(run: Run) -> Step:
         "activation_checkpointing": {"policy": run.policy, "classes": ["Block"]},
         "zerolith": {"unit_classes": ["Block"]},
     }
-    with zerolith.zero.Init(config_dict_or_path=config):
+    with torch.device(run.device), zerolith.zero.Init(config_dict_or_path=config):
         model = Llama(run.shape, run.seq)
     engine = zerolith.initialize(model=model, config=config)[0]
 
@@ -92,7 +92,8 @@ def fsdp2_step(run: Run) -> Step:
         "cpu:gloo,cuda:nccl" if cuda else "gloo", init_method="tcp://127.0.0.1:29671", rank=0, world_size=1
     )
     mesh = dist.init_device_mesh("cuda" if cuda and not offloads else run.device, (1,))
-    model = Llama(run.shape, run.seq)
+    with torch.device("cpu" if offloads else run.device):
+        model = Llama(run.shape, run.seq)
     mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     policy = CPUOffloadPolicy(pin_memory=cuda) if offloads else OffloadPolicy()
     for block in model.blocks:
