@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 
-from models import make_gpt, start_engine, token_batches, whole_weights, zero_config
+from models import make_gpt, start_engine, token_batches, train_on, train_plain, whole_weights, zero_config
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LR, STEPS = 1e-2, 4
@@ -25,12 +24,7 @@ OFFLOADS: dict[str, dict[str, Any]] = {
 def trained(device: str, stage: int, **overrides: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and weights after some steps of one rank."""
     engine = start_engine(make_gpt(), zero_config(stage, **overrides))
-    losses = []
-    for batch in token_batches(STEPS, 4).to(device):
-        loss = engine(batch)
-        engine.backward(loss)
-        engine.step()
-        losses.append(loss.item())
+    losses = train_on(engine, token_batches(STEPS, 4).to(device))
     weights = {name: weight.cpu() for name, weight in whole_weights(engine).items()}
     engine.destroy()
     return losses, weights
@@ -38,15 +32,11 @@ def trained(device: str, stage: int, **overrides: Any) -> tuple[list[float], dic
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_stages_train_as_plain_torch_does_there(device: str) -> None:
-    model = copy.deepcopy(make_gpt()).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
-    expected = []
-    for batch in token_batches(STEPS, 4).to(device):
-        loss = model(batch)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        expected.append(loss.item())
+    expected, _ = train_plain(
+        make_gpt().to(device),
+        token_batches(STEPS, 4).to(device),
+        lambda model: torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0),
+    )
     for stage in range(4):
         torch.testing.assert_close(trained(device, stage)[0], expected, rtol=1e-4, atol=0.0)
 

@@ -91,7 +91,7 @@ def fsdp2_step(run: Run) -> Step:
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo", init_method="tcp://127.0.0.1:29671", rank=0, world_size=1
     )
-    mesh = dist.init_device_mesh("cuda" if cuda and not offloads else run.device, (1,))
+    mesh = dist.init_device_mesh(run.device, (1,))
     with torch.device("cpu" if offloads else run.device):
         model = Llama(run.shape, run.seq)
     mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

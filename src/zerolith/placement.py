@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,29 +62,33 @@ def check_room(
 
     Raises OffloadError if they cannot have it; says so if the host's memory is in use by others now.
     """
-    zero, here = config.zero_optimization, ranks_on_this_host()
+    zero = config.zero_optimization
+
+    def of_this_host(sizes: Iterable[int]) -> float:
+        return sum(sizes) / comm.size * ranks_on_this_host()
+
     kind = original(type(optimizer)).__name__ if optimizer is not None else ""
     numbers = 1 + STATES.get(kind, 1)  # of each trained element
-    masters = sum(
+    masters = zero.offload_optimizer.ratio * of_this_host(
         member.param.numel() * precision.master_dtype(member.param.dtype).itemsize
         for member in members
         if optimizer is not None and member.trained
     )
-    weights = sum(member.param.numel() * precision.compute_dtype(member.param.dtype).itemsize for member in members)
-    states = zero.offload_optimizer.ratio * numbers * masters
-    in_memory = 0.0
-    for what, offload, nbytes in (("states", zero.offload_optimizer, states), ("weights", zero.offload_param, weights)):
-        needed = nbytes / comm.size * here
+    weights = of_this_host(
+        member.param.numel() * precision.compute_dtype(member.param.dtype).itemsize for member in members
+    )
+    in_memory = locked = 0.0
+    if comm.device.type == "cuda":
+        if zero.offload_optimizer.device != "none":
+            in_memory = locked = masters  # gradients on their way before a step; weights after it are fewer
+        locked += weights if zero.offload_param.device == "cpu" else 0.0
+    for what, offload, needed in (
+        ("states", zero.offload_optimizer, numbers * masters),
+        ("weights", zero.offload_param, weights),
+    ):
         if offload.device == "nvme":
             _check_disk(Path(offload.nvme_path or "").absolute(), what, needed)
         in_memory += needed if offload.device == "cpu" else 0.0
-    locked = 0.0
-    if comm.device.type == "cuda":
-        is_far = zero.offload_optimizer.device != "none"
-        # Gradients before a step; weights after it are fewer.
-        on_their_way = zero.offload_optimizer.ratio * masters / comm.size * here if is_far else 0.0
-        in_memory += on_their_way
-        locked += on_their_way + (weights / comm.size * here if zero.offload_param.device == "cpu" else 0.0)
     _check_memory(in_memory, page_locked=locked)
 
 
